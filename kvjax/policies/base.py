@@ -190,6 +190,8 @@ class Policy:
     def __or__(self, other: Policy) -> Policy:
         """Compose; ValueError when both set the same part explicitly."""
         merged: dict[str, Any] = {"name": f"{self.name} | {other.name}"}
+        second = "scorer" in other.explicit or (self.scorer is None and other.scorer is not None)
+        lead, follow = (other, self) if second and "scorer" not in self.explicit else (self, other)
         for field in dataclasses.fields(self):
             if field.name in ("name", "explicit"):
                 continue
@@ -202,8 +204,11 @@ class Policy:
                 )
             if in_a or in_b:
                 merged[field.name] = mine if in_a else theirs
-            else:
-                merged[field.name] = mine if mine != field.default else theirs
+            elif field.name in PARTS:
+                value = getattr(lead, field.name)
+                merged[field.name] = value if value != field.default else getattr(follow, field.name)
+            else:  # budget, sink, recent, evict_decode belong to the method that scores
+                merged[field.name] = getattr(lead, field.name)
         return Policy(**merged, explicit=self.explicit | other.explicit)
 
     def keep(self, length: int) -> int:
