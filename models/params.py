@@ -1,0 +1,170 @@
+"""The weights of a decoder, declared once: shape, logical axes and initial scale of every array.
+
+The abstract values, the logical axes (from which shardings are derived) and the random initialiser all come
+from the same declaration. Query, key and value projections are one array, grouped by KV head, and gate and up
+projections are one array, so that a decode step reads each layer's weights in four matrix products; both
+still partition along "kv_heads" and "mlp".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from models.config import ModelConfig
+
+Array = jax.Array
+
+
+@struct.dataclass
+class Mlp:
+    """A gated MLP."""
+
+    gate_up: Array  # [embed, 2, mlp]: gate, then up
+    down: Array  # [mlp, embed]
+
+
+@struct.dataclass
+class Moe:
+    """A mixture of gated MLPs, with Qwen2-MoE's shared expert if the model has one."""
+
+    router: Array  # [embed, experts]
+    gate_up: Array  # [experts, embed, 2, mlp]
+    down: Array  # [experts, mlp, embed]
+    shared: Mlp | None = None
+    shared_gate: Array | None = None  # [embed]
+
+
+@struct.dataclass
+class Layer:
+    """One decoder layer. Norm weights of absent norms, and absent biases, are None."""
+
+    # [embed, kv_heads, group + 2, head_dim]: of each KV head its `group` query heads, then key, then value
+    qkv: Array
+    wo: Array  # [q_heads, head_dim, embed]
+    mlp: Mlp | Moe
+    attention_norm: Array  # [embed]
+    mlp_norm: Array  # [embed]
+    qkv_bias: Array | None = None  # [kv_heads, group + 2, head_dim]
+    out_bias: Array | None = None  # [embed]
+    q_norm: Array | None = None  # [head_dim]
+    k_norm: Array | None = None  # [head_dim]
+    attention_post_norm: Array | None = None  # [embed]
+    mlp_post_norm: Array | None = None  # [embed]
+
+
+@struct.dataclass
+class Params:
+    """All weights of a decoder."""
+
+    embedding: Array  # [vocab, embed]
+    layers: tuple[Layer, ...]
+    final_norm: Array  # [embed]
+    head: Array | None = None  # [vocab, embed]; None: the embedding is used
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """Declares one array."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int = 0  # random init has variance 1 / fan_in; 0: the identity of a norm, or the zero of a bias
+
+
+def declare(config: ModelConfig) -> Params:
+    """`Params` whose leaves are `ParamSpec`."""
+    table = ParamSpec((config.vocab_size, config.embed_dim), ("vocab", "embed"), config.embed_dim)
+    return Params(
+        embedding=table,
+        layers=tuple(_layer(config, i) for i in range(config.layers)),
+        final_norm=_vector(config),
+        head=None if config.tied else table,
+    )
+
+
+def _vector(config: ModelConfig) -> Any:
+    return ParamSpec((config.embed_dim,), ("embed",))
+
+
+def _layer(config: ModelConfig, layer: int) -> Layer:
+    c = config
+    kv, slots, dim = c.kv_heads, c.q_heads // c.kv_heads + 2, c.head_dim
+    head_norm = ParamSpec((dim,), ("head_dim",)) if c.qk_norm else None
+    post = _vector(c) if c.post_norms else None
+    qkv_axes = ("kv_heads", None, "head_dim")
+    return Layer(
+        qkv=ParamSpec((c.embed_dim, kv, slots, dim), ("embed", *qkv_axes), c.embed_dim),
+        qkv_bias=ParamSpec((kv, slots, dim), qkv_axes) if c.qkv_bias else None,
+        wo=ParamSpec((c.q_heads, dim, c.embed_dim), ("q_heads", "head_dim", "embed"), c.q_heads * dim),
+        out_bias=_vector(c) if c.out_bias else None,
+        mlp=_moe(c) if c.has_experts(layer) else _mlp(c, c.mlp_dim),
+        attention_norm=_vector(c),
+        mlp_norm=_vector(c),
+        q_norm=head_norm,
+        k_norm=head_norm,
+        attention_post_norm=post,
+        mlp_post_norm=post,
+    )
+
+
+def _mlp(config: ModelConfig, mlp_dim: int) -> Mlp:
+    e = config.embed_dim
+    return Mlp(
+        gate_up=ParamSpec((e, 2, mlp_dim), ("embed", None, "mlp"), e),
+        down=ParamSpec((mlp_dim, e), ("mlp", "embed"), mlp_dim),
+    )
+
+
+def _moe(config: ModelConfig) -> Moe:
+    moe, e = config.moe, config.embed_dim
+    assert moe is not None
+    return Moe(
+        router=ParamSpec((e, moe.experts), ("embed", None), e),
+        gate_up=ParamSpec((moe.experts, e, 2, moe.mlp_dim), ("experts", "embed", None, "mlp"), e),
+        down=ParamSpec((moe.experts, moe.mlp_dim, e), ("experts", "mlp", "embed"), moe.mlp_dim),
+        shared=_mlp(config, moe.shared_mlp_dim) if moe.shared_mlp_dim else None,
+        shared_gate=_vector(config) if moe.shared_mlp_dim else None,
+    )
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """Logical axis names of every weight: a tuple of str or None per array dimension.
+
+    Map it together with `param_specs` first, `jax.tree.map(f, param_specs(...), param_axes(...))`, so that
+    the tuples arrive whole.
+    """
+    return jax.tree.map(lambda spec: spec.axes, declare(config))
+
+
+def param_specs(config: ModelConfig, dtype: Any) -> Params:
+    """`jax.ShapeDtypeStruct` of every weight."""
+    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)), declare(config))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def init_params(config: ModelConfig, key: Array, dtype: Any) -> Params:
+    """Random weights, for benchmarks and tests: normal with variance 1 / fan_in, norms the identity."""
+    specs, tree = jax.tree.flatten(declare(config))
+    keys = jax.random.split(key, len(specs))
+    identity = 0.0 if config.unit_offset_norm else 1.0
+
+    def one(path_key: Array, spec: ParamSpec) -> Array:
+        if spec.fan_in:
+            return jax.random.normal(path_key, spec.shape, dtype) * jnp.asarray(spec.fan_in**-0.5, dtype)
+        is_norm = len(spec.axes) == 1
+        return jnp.full(spec.shape, identity if is_norm else 0.0, dtype)
+
+    return jax.tree.unflatten(tree, [one(k, s) for k, s in zip(keys, specs)])
+
+
+def split_qkv(layer: Layer) -> tuple[Array, Array, Array]:
+    """Views of the fused projection: q [embed, q_heads, head_dim], k and v [embed, kv_heads, head_dim]."""
+    embed, kv, slots, dim = layer.qkv.shape
+    q = layer.qkv[:, :, :-2].reshape(embed, kv * (slots - 2), dim)
+    return q, layer.qkv[:, :, -2], layer.qkv[:, :, -1]
