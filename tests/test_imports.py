@@ -75,13 +75,17 @@ def device_queries(source):
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute)
-        and node.attr in names
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "jax"
-        or isinstance(node, ast.ImportFrom)
-        and node.module == "jax"
-        and names & {alias.name for alias in node.names}
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in names
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "jax"
+        )
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "jax"
+            and names & {alias.name for alias in node.names}
+        )
     ]
 
 

@@ -257,6 +257,6 @@ def ruler_sample(task: str, length: int, encode: Encode, seed: int, index: int) 
 
 
 def needle_sample(depth: float, length: int, encode: Encode, seed: int, index: int) -> Sample:
-    """One number hidden `depth` of the way down an essay (0 = its start, 1 = its end). ValueError: too short."""
+    """One number hidden `depth` of the way down an essay, 0 to 1. ValueError: too short."""
     rng = random.Random(f"{seed}/needle/{index}")
     return fit(_retrieval("needle", rng, depths=[depth]), length, encode)
