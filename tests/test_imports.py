@@ -50,7 +50,9 @@ def test_a_lower_layer_never_imports_a_higher_one(package):
         relative = path.relative_to(ROOT).with_suffix("")
         is_package = relative.name == "__init__"
         module = ".".join(relative.parts[:-1] if is_package else relative.parts)
-        bad += [f"{path.relative_to(ROOT)}:{n} {name}" for n, name in upward(path.read_text(), module, is_package)]
+        bad += [
+            f"{path.relative_to(ROOT)}:{n} {name}" for n, name in upward(path.read_text(), module, is_package)
+        ]
     assert not bad
 
 
@@ -73,13 +75,17 @@ def device_queries(source):
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Attribute)
-        and node.attr in names
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "jax"
-        or isinstance(node, ast.ImportFrom)
-        and node.module == "jax"
-        and names & {alias.name for alias in node.names}
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in names
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "jax"
+        )
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "jax"
+            and names & {alias.name for alias in node.names}
+        )
     ]
 
 
@@ -116,7 +122,12 @@ def test_importing_the_library_starts_no_backend_and_loads_no_upper_layer(module
         f"{tuple(LAYERS[LAYERS.index(module.split('.')[0]) + 1 :])!r}))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[] []"
