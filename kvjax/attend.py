@@ -226,15 +226,16 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
                 return_mass=want_mass,
                 implementation=implementation,
             )
-        out = constrain(result.out.astype(x.q.dtype), ("batch", "q_heads", None, None))
+        out, mass = (result.out, result.mass) if want_mass else (result, None)
+        out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:
             return out, cache
         with jax.named_scope("evict"):
             seen = ops.view(plan, cache, i)
             k, v = policy.codec.decode(seen.store, plan.shape.dtype)
             obs = _observe(plan, x, cache, k, v, seen.pos, prefilling=False)
-            if want_mass:
-                obs = obs.replace(mass=result.mass[..., : seen.pos.shape[2]])
+            if mass is not None:
+                obs = obs.replace(mass=mass[..., : seen.pos.shape[2]])
             assert policy.scorer is not None
             scores, state = policy.scorer.score(obs, seen.slot_state)
             cache = ops.write_slot_state(plan, cache, i, state)

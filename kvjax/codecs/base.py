@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.arrays import ArraySpec, itembits
+from pallas_kernels import formats
 from pallas_kernels.formats import KVStore
 
 Array = jax.Array
@@ -91,46 +92,34 @@ class Plain(Codec):
 
     def kv_store(self, store: Store) -> KVStore:
         """Format 'dense'."""
-        return KVStore.dense(store["k"], store["v"])
+        return KVStore(store["k"], store["v"])
 
 
 @dataclasses.dataclass(frozen=True)
 class PerToken(Codec):
-    """One symmetric scale per token, head and tensor: absmax / largest code. Storage int8, e4m3 or e5m2.
+    """8-bit codes with one symmetric scale per token, head and tensor; see `formats.quantize_tokens`.
 
-    x is stored as round(x / s) (int8) or cast(x / s) (fp8), with s = max|x| / limit; s = 1 for a zero vector.
-    Error: int8 |x - x'| <= s/2; fp8 relative 2^-4 (e4m3) or 2^-3 (e5m2) in the normal range.
+    format: int8, fp8_e4m3 or fp8_e5m2. Error: int8 |x - x'| <= s/2; fp8 relative 2^-4 (e4m3) or 2^-3 (e5m2) in
+    the normal range. The kernel multiplies logits by key scales and probabilities by value scales.
     """
 
-    storage: str = "int8"
-    LIMITS: ClassVar[dict[str, float]] = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+    format: str = "int8"
 
     def fields(self, head_dim: int, dtype: str) -> dict[str, Field]:
         """Codes of k and v and their f32 scales."""
-        code, scale = Field((head_dim,), self.storage), Field((), "float32")
+        code, scale = Field((head_dim,), jnp.dtype(formats.EIGHT_BIT[self.format]).name), Field((), "float32")
         return {"k": code, "v": code, "k_scale": scale, "v_scale": scale}
 
     def encode(self, k: Array, v: Array) -> Store:
         """See the class."""
-        (kc, ks), (vc, vs) = self._quantize(k), self._quantize(v)
+        (kc, ks), (vc, vs) = (formats.quantize_tokens(x, self.format) for x in (k, v))
         return {"k": kc, "v": vc, "k_scale": ks, "v_scale": vs}
-
-    def _quantize(self, x: Array) -> tuple[Array, Array]:
-        limit = self.LIMITS[self.storage]
-        x = x.astype(jnp.float32)
-        amax = jnp.max(jnp.abs(x), axis=-1)
-        scale = jnp.where(amax > 0, amax / limit, 1.0)
-        codes = jnp.clip(x / scale[..., None], -limit, limit)
-        if self.storage == "int8":
-            codes = jnp.round(codes)
-        return codes.astype(self.storage), scale
 
     def decode(self, store: Store, dtype: str) -> tuple[Array, Array]:
         """Codes times scales."""
-        k = store["k"].astype(jnp.float32) * store["k_scale"][..., None]
-        v = store["v"].astype(jnp.float32) * store["v_scale"][..., None]
+        k, v = formats.decode(self.kv_store(store))
         return k.astype(dtype), v.astype(dtype)
 
     def kv_store(self, store: Store) -> KVStore:
-        """Format int8, fp8_e4m3 or fp8_e5m2: the kernel multiplies logits and probabilities by the scales."""
-        return KVStore.per_token(store["k"], store["v"], store["k_scale"], store["v_scale"])
+        """Codes and scales as they are."""
+        return KVStore(store["k"], store["v"], store["k_scale"], store["v_scale"], format=self.format)

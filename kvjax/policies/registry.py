@@ -31,6 +31,7 @@ class Method:
     title: str
     arxiv: str
     build: Callable[..., Policy]
+    tiny: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -54,14 +55,20 @@ class Description:
 _METHODS: dict[str, Method] = {}
 
 
-def method(title: str, arxiv: str) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
-    """Register a function under its own name. `arxiv` is an id, or '' when there is no paper."""
+def method(
+    title: str, arxiv: str, tiny: dict[str, Any] | None = None
+) -> Callable[[Callable[..., Policy]], Callable[..., Policy]]:
+    """Register a function under its own name.
+
+    arxiv: an id, or '' when there is no paper. tiny: arguments that make sense for prompts of about 40 tokens;
+    the invariant tests, which run over the whole registry, build the method with them.
+    """
 
     def wrap(build: Callable[..., Policy]) -> Callable[..., Policy]:
         name = build.__name__
         if name in _METHODS:
             raise ValueError(f"method {name!r} is registered twice")
-        _METHODS[name] = Method(name, title, arxiv, build)
+        _METHODS[name] = Method(name, title, arxiv, build, tiny or {})
         return build
 
     return wrap

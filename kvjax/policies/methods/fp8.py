@@ -4,7 +4,7 @@ from kvjax.codecs.base import PerToken
 from kvjax.policies.base import Policy
 from kvjax.policies.registry import method
 
-FORMATS = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
+FORMATS = ("e4m3", "e5m2")
 
 
 @method(title="FP8 Formats for Deep Learning", arxiv="2209.05433")
@@ -15,4 +15,4 @@ def fp8(format: str = "e4m3") -> Policy:
     """
     if format not in FORMATS:
         raise ValueError(f"fp8: format must be one of {', '.join(FORMATS)}, got {format!r}")
-    return Policy(codec=PerToken(FORMATS[format]), explicit=frozenset({"codec"}))
+    return Policy(codec=PerToken(f"fp8_{format}"), explicit=frozenset({"codec"}))

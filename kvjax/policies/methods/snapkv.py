@@ -5,7 +5,7 @@ from kvjax.policies.registry import Budget, method
 from kvjax.policies.scorers.attention import WindowAttention
 
 
-@method(title="SnapKV: LLM Knows What You are Looking for Before Generation", arxiv="2404.14469")
+@method(title="SnapKV: LLM Knows What You are Looking for Before Generation", arxiv="2404.14469", tiny=dict(window=4, kernel=3))
 def snapkv(budget: Budget = 0.5, window: int = 32, kernel: int = 5, pooling: str = "avg") -> Policy:
     """Prompt entries that the last `window` prompt queries attend to, pooled over neighbours, plus the window.
 
