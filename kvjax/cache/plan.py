@@ -106,7 +106,7 @@ class Plan:
         )
         row = ArraySpec((self.batch,), "int32", ("batch",))
         layers = tuple(self._layer_specs(i, lp) for i, lp in enumerate(self.layers))
-        return KVCache(layers=layers, pools=pools, length=row, next_position=row)
+        return KVCache(layers=layers, pools=pools, length=row, next_position=row, expected=row)
 
     def _pool_specs(self, lp: LayerPlan, pages: int) -> Pool:
         lead: tuple[int, ...] = (self.batch, self.shape.kv_heads)

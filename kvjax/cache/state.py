@@ -56,6 +56,7 @@ class KVCache:
     pools: tuple[Pool | None, ...]
     length: Array  # int32 [batch] true number of tokens seen
     next_position: Array  # int32 [batch] RoPE position of the next token; = length unless keys were re-rotated
+    expected: Array  # int32 [batch] length of the whole prompt while it is prefilled in chunks; 0 = unknown
     pending: tuple[Any, ...] = ()  # within one call: layers whose compaction waits (allocators of scope 'model')
 
     def put(self, i: int, layer: Layer, j: int, pool: Any) -> KVCache:

@@ -117,6 +117,7 @@ class Generator:
                 self.lm, plan, self.params, tokens, positions, implementation=self.implementation
             )
         cache = jax.jit(ops.empty, static_argnums=0)(plan)
+        cache = cache.replace(expected=jnp.asarray([len(p) for p in prompts], jnp.int32))
         tokens, positions = pad_right(prompts, -(-longest // self.chunk) * self.chunk)
         logits = None
         for at in range(0, tokens.shape[1], self.chunk):
