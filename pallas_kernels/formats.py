@@ -13,9 +13,9 @@ head_dim]; v_scale, v_zero [.., head_dim / group, slots] |
 In the Ragged layout [batch, kv_heads, slots] is replaced by [pages, page_size] in all of them.
 
 int4 and int2 (KIVI, arXiv 2402.02750): x = code * scale + zero, keys per channel over `group` tokens, values
-per token over `group` channels. A byte holds 2 or 4 tokens of one channel, never two channels, so that the last
-dimension stays head_dim: 128 lanes cost on TPU exactly what they hold. Slots are packed in blocks of 64 (int4)
-or 128 (int2): byte row r of 32 holds slots r + 32 j of the block, j-th field from the low bits.
+per token over `group` channels. A byte holds 2 or 4 tokens of one channel, never two channels, so that the
+last dimension stays head_dim: 128 lanes cost on TPU exactly what they hold. Slots are packed in blocks of 64
+(int4) or 128 (int2): byte row r of 32 holds slots r + 32 j of the block, j-th field from the low bits.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ROWS = 32  # byte rows of a pack block
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class KVStore:
-    """Keys and values of one layer as stored. Shapes are Dense; Ragged: [pages, page_size] for the first three."""
+    """Keys and values of one layer as stored; shapes of Dense (Ragged: [pages, page_size] lead instead)."""
 
     k: Array  # [batch, kv_heads, slots, head_dim], see the module's table
     v: Array  # [batch, kv_heads, slots, head_dim], see the module's table
