@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
@@ -53,6 +54,16 @@ def require_platform(wanted: str) -> str | None:
     """None if the current trace is for platform `wanted`, else the reason to give for refusing."""
     have = target_platform()
     return None if have == wanted else f"it needs a {wanted.upper()} and this trace is for {have}"
+
+
+def require_hopper() -> str | None:
+    """None if the trace is for a Hopper GPU (compute capability 9.0), else the reason for refusing."""
+    reason = require_platform("gpu")
+    if reason is None:
+        capability = getattr(jax.extend.backend.get_default_device(), "compute_capability", "unknown")
+        if capability != "9.0":
+            reason = f"it needs a Hopper GPU (compute capability 9.0), this one has {capability}"
+    return reason
 
 
 def dot_precision(dtype: jnp.dtype) -> lax.Precision:

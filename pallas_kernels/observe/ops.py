@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.observe import gpu
 from pallas_kernels.observe.reference import column_reduce_xla, window_probs_xla
-from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+from pallas_kernels.platform import check_dtype, check_shape, choose_implementation, require_hopper
 
 Array = jax.Array
 
@@ -107,7 +108,7 @@ def column_mass(
     Args: as `prefill_attention`, and
       lse: f32 [batch, q_heads, tokens], the log-sum-exp that `prefill_attention` returned for the same
         operands; saves the kernels a pass. None computes it.
-      implementation: "xla", or None for the best here.
+      implementation: "xla", "mosaic_gpu" (Hopper, needs `lse`), or None for the best here.
 
     Returns: f32 [batch, q_heads, slots], the sum over queries of their probability on the slot.
 
@@ -115,7 +116,13 @@ def column_mass(
       ValueError: shapes or dtypes that do not fit, or an `implementation` that cannot run.
     """
     _validate("column_mass", q, k, q_positions, k_positions, lse)
-    choose_implementation("column_mass", implementation, {"xla": None}, ("xla",))
+    refused = require_hopper() or gpu.unsupported(q, lse=lse, scale=scale, causal_aligned=causal_aligned)
+    unsupported = {"mosaic_gpu": refused, "xla": None}
+    if choose_implementation("column_mass", implementation, unsupported, ("mosaic_gpu", "xla")) != "xla":
+        return gpu.column_mass_gpu(
+            q, k, q_positions=q_positions, lse=lse, scale=scale, window=window, softcap=softcap,
+            q_segments=q_segments,
+        )  # fmt: skip
     return column_reduce_xla(
         lambda probs, _: probs.sum(2), q, k, q_positions=q_positions, k_positions=k_positions, scale=scale,
         lse=lse, window=window, softcap=softcap, q_segments=q_segments, k_segments=k_segments,

@@ -1,0 +1,182 @@
+"""Decode attention: one validated entry point over every implementation and storage format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention.reference import decode_attention_xla
+from pallas_kernels.formats import DENSE, EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, pack_block
+from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+
+Array = jax.Array
+MAX_TOKENS = 16
+_OP = "decode_attention"
+
+
+class DecodeOut(NamedTuple):
+    """What `decode_attention` returns when more than the output is asked for; None where not asked."""
+
+    out: Array  # [batch, q_heads, tokens, head_dim]; f32 if lse was asked for (a partial), else q's dtype
+    lse: Array | None  # f32 [batch, q_heads, tokens], -inf where nothing is visible
+    mass: Array | None  # f32 [batch, q_heads, slots + residual], probability summed over the tokens
+
+
+def decode_attention(
+    q: Array,
+    kv: KVStore,
+    *,
+    lengths: Array,
+    positions: Array | None = None,
+    q_positions: Array | None = None,
+    mask: Array | None = None,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    table: Array | None = None,
+    blocks: Array | None = None,
+    block_size: int | None = None,
+    return_lse: bool = False,
+    return_mass: bool = False,
+    implementation: str | None = None,
+) -> Array | DecodeOut:
+    """Attention of 1 to 16 new tokens a row over everything stored, their own keys and values included.
+
+    Stored tokens of (row, KV head) are slots 0 .. length-1, then the residual window's valid entries. What
+    other slots hold is ignored, NaN included. A query sees a stored token if
+
+      - its position is >= 0 (given `positions`), and
+      - position <= the query's position (given `q_positions`), and position > the query's - window, and
+      - for the newest `new_tokens` stored tokens, given `mask`: mask[row, token, i] instead of the order of
+        positions, i counting them from the oldest.
+
+    Args:
+      q: [batch, q_heads, tokens, head_dim]; query head h reads KV head h // (q_heads / kv_heads).
+      kv: keys and values, any format. Ragged layout: pools, with `table`.
+      lengths: int32 [batch, kv_heads], valid slots, residual window not counted; 0 gives output 0.
+      positions: int32 [batch, kv_heads, slots + residual], -1 where empty. None: the n-th stored token of a
+        (row, head) has position n.
+      q_positions: int32 [batch, tokens], -1 for padding. Needed for `window` and for more than one token
+        unless `mask` is given; None: every stored token is visible.
+      mask: bool [batch, tokens, new_tokens], which of the newest stored tokens each query sees (draft trees).
+      scale: logits = scale * q.k.
+      window: a query sees itself and the window - 1 positions before.
+      softcap: logits = cap * tanh(logits / cap).
+      table: int32 [batch, kv_heads, pages]: slot s lives in page table[b, h, s // page_size] of the pools;
+        only entries below the length are read.
+      blocks: int32 [batch, kv_heads, n_blocks]: only these blocks of slots are read (block i: slots
+        i * block_size ...), each at most once, -1 pads at the end. The residual window is always read.
+      block_size: slots per block; with `table`, a multiple or a divisor of the page size.
+      return_lse: also return the log-sum-exp, and `out` in float32, to be merged with other parts.
+      return_mass: also return the probability of every slot, summed over the tokens; 0 in blocks not read.
+      implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for the best here.
+
+    Returns: `out` in q's dtype, or a `DecodeOut` if lse or mass is asked for.
+
+    Raises:
+      ValueError: shapes, dtypes, formats or layouts that do not fit, or an `implementation` that cannot run.
+    """
+    _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size)
+    args = dict(
+        lengths=lengths, positions=positions, q_positions=q_positions, mask=mask, scale=float(scale),
+        window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
+        return_mass=return_mass,
+    )  # fmt: skip
+    choose_implementation(_OP, implementation, {"xla": None}, ("xla",))
+    with jax.named_scope(_OP):
+        out, lse, mass = decode_attention_xla(q, kv, **args)
+    if not return_lse:
+        out = out.astype(q.dtype)
+    if not (return_lse or return_mass):
+        return out
+    return DecodeOut(out, lse if return_lse else None, mass)
+
+
+def _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size) -> None:
+    """One line for whatever does not fit."""
+    if q.ndim != 4:
+        raise ValueError(f"{_OP}: q has shape {q.shape}, expected [batch, q_heads, tokens, head_dim]")
+    batch, q_heads, tokens, dim = q.shape
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise ValueError(
+            f"{_OP}: {tokens} query tokens; 1 to {MAX_TOKENS} are supported, more is prefill_attention"
+        )
+    check_dtype(_OP, "q", q.dtype, ("bfloat16", "float16", "float32"))
+    check_shape(_OP, "lengths", lengths.shape, (batch, None))
+    check_dtype(_OP, "lengths", lengths.dtype, ("int32",))
+    kv_heads = lengths.shape[1]
+    if q_heads % kv_heads:
+        raise ValueError(f"{_OP}: {q_heads} query heads are not a multiple of {kv_heads} KV heads")
+    if kv.format not in FORMATS:
+        raise ValueError(f"{_OP}: unknown format {kv.format!r}; choose one of {list(FORMATS)}")
+    lead = (batch, kv_heads) if table is None else (None,)
+    check_shape(_OP, "kv.k", kv.k.shape, (*lead, None, dim))
+    check_shape(_OP, "kv.v", kv.v.shape, kv.k.shape)
+    slots = kv.slots
+    _validate_format(kv, lead, slots, dim)
+    if (kv.k_res is None) != (kv.res_lengths is None) or (kv.k_res is None) != (kv.v_res is None):
+        raise ValueError(f"{_OP}: the residual window needs k_res, v_res and res_lengths together")
+    if kv.k_res is not None:
+        check_shape(_OP, "kv.k_res", kv.k_res.shape, (batch, kv_heads, None, dim))
+        check_shape(_OP, "kv.v_res", kv.v_res.shape, kv.k_res.shape)
+        check_shape(_OP, "kv.res_lengths", kv.res_lengths.shape, (batch, kv_heads))
+    if table is not None:
+        check_shape(_OP, "table", table.shape, (batch, kv_heads, None))
+        check_dtype(_OP, "table", table.dtype, ("int32",))
+        slots *= table.shape[2]
+    if positions is not None:
+        check_shape(_OP, "positions", positions.shape, (batch, kv_heads, slots + kv.residual))
+        check_dtype(_OP, "positions", positions.dtype, ("int32",))
+    if q_positions is not None:
+        check_shape(_OP, "q_positions", q_positions.shape, (batch, tokens))
+        check_dtype(_OP, "q_positions", q_positions.dtype, ("int32",))
+    if mask is not None:
+        check_shape(_OP, "mask", mask.shape, (batch, tokens, None))
+        check_dtype(_OP, "mask", mask.dtype, ("bool",))
+    if window is not None and (q_positions is None or window < 1):
+        raise ValueError(f"{_OP}: window={window} must be at least 1 and needs q_positions")
+    if tokens > 1 and q_positions is None and mask is None:
+        raise ValueError(f"{_OP}: {tokens} query tokens need q_positions (causal order) or mask")
+    if (blocks is None) != (block_size is None):
+        raise ValueError(f"{_OP}: blocks and block_size go together")
+    if blocks is not None:
+        check_shape(_OP, "blocks", blocks.shape, (batch, kv_heads, None))
+        check_dtype(_OP, "blocks", blocks.dtype, ("int32",))
+        least = max(pack_block(kv.format), kv.group if kv.format in PACKED_BITS else 1)
+        if block_size < 1 or slots % block_size or block_size % least:
+            raise ValueError(
+                f"{_OP}: block_size={block_size} must divide {slots} slots and be a multiple of {least}"
+            )
+        if table is not None and block_size % kv.slots and kv.slots % block_size:
+            raise ValueError(
+                f"{_OP}: block_size={block_size} and page_size={kv.slots} must divide one another"
+            )
+
+
+def _validate_format(kv: KVStore, lead: tuple[int | None, ...], slots: int, dim: int) -> None:
+    """Dtypes and scale shapes of the format."""
+    if kv.format == DENSE:
+        check_dtype(_OP, "kv.k", kv.k.dtype, ("bfloat16", "float16", "float32"))
+        check_dtype(_OP, "kv.v", kv.v.dtype, (kv.k.dtype.name,))
+        return
+    code = jnp.dtype(EIGHT_BIT.get(kv.format, jnp.uint8)).name
+    check_dtype(_OP, "kv.k", kv.k.dtype, (code,))
+    check_dtype(_OP, "kv.v", kv.v.dtype, (code,))
+    if kv.format in EIGHT_BIT:
+        wanted = {"k_scale": (slots,), "v_scale": (slots,)}
+    else:
+        if slots % pack_block(kv.format) or slots % kv.group or dim % kv.group:
+            raise ValueError(
+                f"{_OP}: {kv.format} with group={kv.group} needs slots (page size) in multiples of "
+                f"{pack_block(kv.format)} and of the group, and head_dim in groups; got {slots} and {dim}"
+            )
+        keys, values = (slots // kv.group, dim), (dim // kv.group, slots)
+        wanted = {"k_scale": keys, "k_zero": keys, "v_scale": values, "v_zero": values}
+    for name, tail in wanted.items():
+        field = getattr(kv, name)
+        if field is None:
+            raise ValueError(f"{_OP}: format {kv.format!r} needs {name}")
+        check_shape(_OP, f"kv.{name}", field.shape, (*lead, *tail))
+        check_dtype(_OP, f"kv.{name}", field.dtype, ("float32", "bfloat16", "float16"))
