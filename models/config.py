@@ -118,8 +118,8 @@ def _common(hf: Json, family: str, **overrides: Any) -> ModelConfig:
         mlp_dim=hf["intermediate_size"],
         ropes=(_rope(hf, head_dim),) * layers,
         windows=(None,) * layers,
-        max_context=hf.get("max_position_embeddings", 2048),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        max_context=hf["max_position_embeddings"],
+        norm_eps=hf["rms_norm_eps"],
         tied=bool(hf.get("tie_word_embeddings", False)),
         activation=_activation(hf),
         attention_scale=head_dim**-0.5,
@@ -149,13 +149,14 @@ def _rope(hf: Json, head_dim: int, parameters: Json | None = None, theta: float 
     if parameters is None:
         parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if "original_max_position_embeddings" in hf:  # Phi-3 keeps it beside the scaling, not inside
-        parameters = {"original_max_position_embeddings": hf["original_max_position_embeddings"]} | parameters
+        original = {"original_max_position_embeddings": hf["original_max_position_embeddings"]}
+        parameters = parameters | original
     partial = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
     return rope_lib.from_hf(
         parameters,
         theta=theta or hf.get("rope_theta", 10000.0),
         rotary_dim=int(head_dim * partial),
-        max_context=hf.get("max_position_embeddings", 2048),
+        max_context=hf["max_position_embeddings"],
     )
 
 
@@ -177,6 +178,7 @@ def _llama(hf: Json) -> ModelConfig:
 
 
 def _mistral(hf: Json) -> ModelConfig:
+    hf = {"sliding_window": 4096} | hf  # what an absent key means to the reference; null means none
     return _common(hf, "mistral", windows=_layer_windows(hf, lambda i: True))
 
 
@@ -253,6 +255,9 @@ def _gemma3(hf: Json) -> ModelConfig:
 
 
 def _phi3(hf: Json) -> ModelConfig:
+    scaling = hf.get("rope_scaling") or {}
+    if scaling.get("type", scaling.get("rope_type")) in ("su", "yarn"):  # older names of this family's longrope
+        hf = hf | {"rope_scaling": {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}}
     return _common(hf, "phi3", windows=_layer_windows(hf, lambda i: True))
 
 
