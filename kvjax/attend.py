@@ -244,4 +244,3 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         return out, cache
 
     return attend
-

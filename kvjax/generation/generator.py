@@ -77,7 +77,9 @@ class Generator:
             if n < 1:
                 raise ValueError(f"prompt {i} is empty: it has no tokens")
             if n > limit:
-                raise ValueError(f"prompt {i} has {n} tokens, the model's context is {limit}; nothing was truncated")
+                raise ValueError(
+                    f"prompt {i} has {n} tokens, the model's context is {limit}; nothing was truncated"
+                )
             if n + new > limit:
                 raise ValueError(
                     f"prompt {i} has {n} tokens and {new} more may follow, the model's context is {limit}; "
@@ -147,6 +149,8 @@ class Generator:
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> tuple[list[Output], Session]:
         """Prefill, then decode. See `Session.decode` for the arguments."""
+        if not prompts:
+            raise ValueError("no prompt was given")
         new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if any(n < 1 for n in new):
             raise ValueError(f"max_new_tokens must be at least 1, got {min(new)}")

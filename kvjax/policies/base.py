@@ -238,7 +238,13 @@ class Policy:
 
 
 def _short(part: Any) -> str:
-    return part if isinstance(part, str) else repr(part) if isinstance(part, int | float) else type(part).__name__
+    return (
+        part
+        if isinstance(part, str)
+        else repr(part)
+        if isinstance(part, int | float)
+        else type(part).__name__
+    )
 
 
 def specs_of_slot_state(

@@ -170,15 +170,17 @@ def test_chunked_prefill(name):
     cache = ops.empty(plan).replace(expected=jnp.asarray(LENGTHS, jnp.int32))
     for at in range(0, PROMPT, 8):
         part = slice(at, at + 8)
-        _, cache = engine.extend(LM, plan, params(), cache, tokens[:, part], positions[:, part], compress=True)
+        _, cache = engine.extend(
+            LM, plan, params(), cache, tokens[:, part], positions[:, part], compress=True
+        )
     _, whole, _ = run(p)
     for layer in range(LM.layers):
         got, want = kept(p, cache, layer), kept(p, whole, layer)
         assert sum(map(len, got.values())) <= sum(map(len, want.values())) + LM.kv_heads * 3
-        for (b, h), positions_kept in got.items():
+        for (b, _h), positions_kept in got.items():
             assert len(set(positions_kept)) == len(positions_kept)
             assert set(positions_kept) <= set(range(LENGTHS[b]))
-        if p.scorer is None or p.scorer.chunk_exact and layer == 0:
+        if p.scorer is None or (p.scorer.chunk_exact and layer == 0):
             assert got == want
 
 
@@ -188,7 +190,10 @@ def test_allocated_bytes_equal_the_spec(name):
     plan = plan_of(p)
     _, cache, _ = run(p)
     specs = plan.specs()
-    got = {jax.tree_util.keystr(k): (v.shape, v.dtype.name) for k, v in jax.tree_util.tree_leaves_with_path(cache)}
+    got = {
+        jax.tree_util.keystr(k): (v.shape, v.dtype.name)
+        for k, v in jax.tree_util.tree_leaves_with_path(cache)
+    }
     flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=arrays.is_spec)
     assert got == {jax.tree_util.keystr(k): (s.shape, s.dtype) for k, s in flat}
     assert arrays.nbytes(cache) == plan.nbytes() == sum(x.nbytes for x in jax.tree.leaves(cache))
@@ -221,7 +226,9 @@ def test_one_compilation_per_bucket(name):
 SHARDED = ("adakv", "full", "h2o", "int8", "keydiff", "snapkv", "streaming_llm")
 
 
-@pytest.mark.parametrize("name", [n if n in SHARDED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [n if n in SHARDED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_sharded_equals_unsharded(name):
     """batch, kv_heads and slots over an 8-device mesh: the same entries, the same logits."""
     lm, p = Toy(layers=1), policy(name)
