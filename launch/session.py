@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
@@ -122,6 +124,11 @@ def open_session(f: flags.FlagValues) -> Session:
     dtype = dtype or model.config.dtype
     limit = f.memory_limit or free_memory(mesh)
     return Session(model, DecoderLM(model.config, dtype), dtype, mesh, f.chunk or None, limit)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The ambient mesh of calls to `kvjax.generation.engine`, or nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def free_memory(mesh: Mesh | None) -> int | None:
