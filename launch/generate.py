@@ -110,8 +110,8 @@ def read_prompts(f: flags.FlagValues) -> list[str]:
 
 def read_sampling(f: flags.FlagValues) -> Sampling:
     """Sampling settings; ValueError names one out of range."""
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    return Sampling(**{name: f[name].value for name in names})
+    given: dict[str, Any] = {field.name: f[field.name].value for field in dataclasses.fields(Sampling)}
+    return Sampling(**given)
 
 
 def warm_up(

@@ -102,8 +102,9 @@ class Session:
 def check_model_flags(f: flags.FlagValues) -> dict[str, int]:
     """Mesh sizes; ValueError for flags that contradict each other. Starts no backend, so it comes first."""
     for name in ("chunk", "cpu_devices", "memory_limit"):
-        if f[name].value < 0:
-            raise ValueError(f"--{name} must not be negative, got {f[name].value}")
+        value: Any = f[name].value
+        if value < 0:
+            raise ValueError(f"--{name} must not be negative, got {value}")
     return parse_mesh(f.mesh)
 
 
@@ -156,4 +157,5 @@ def _free_host_memory() -> int | None:
 
 def compilations() -> int:
     """Programs compiled so far for prefill, extension and decoding."""
-    return sum(f._cache_size() for f in (engine.prefill, engine.extend, engine.begin, engine.decode))
+    functions: list[Any] = [engine.prefill, engine.extend, engine.begin, engine.decode]
+    return sum(f._cache_size() for f in functions)
