@@ -6,6 +6,7 @@ Exit codes: 0 success; 2 bad input, told in one line on stderr; 1 a bug, with it
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from absl import flags
 
 OWN_PACKAGES = ("launch", "models", "kvjax", "pallas_kernels")
 MAX_LINE = 2000  # characters of an error line
+REPEAT = "repeat this option"  # what absl appends to the help of a repeatable flag
 
 Define = Callable[[flags.FlagValues], None]
 Main = Callable[[flags.FlagValues], None]
@@ -32,10 +34,10 @@ def run(define: Define, main: Main, argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     define(values)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if any(a in ("-h", "-help", "--help") for a in argv):
-        print(usage(inspect.getdoc(inspect.getmodule(define)) or "", values))
-        return 0
     try:
+        if any(a in ("-h", "-help", "--help") for a in argv):
+            print(usage(inspect.getdoc(inspect.getmodule(define)) or "", values))
+            return 0
         extra = values(["", *argv])[1:]
         if extra:
             raise flags.Error(f"unexpected argument {extra[0]!r}; flags are written --name=value")
@@ -43,6 +45,9 @@ def run(define: Define, main: Main, argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (what is left in the buffer has no reader)
+        return 0
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -57,9 +62,9 @@ def usage(doc: str, values: flags.FlagValues) -> str:
     lines = [doc, "", "flags:"]
     for name in values:
         flag = values[name]
-        default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
-        lines.append(f"  --{name}{default}")
-        lines += textwrap.wrap(flag.help or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        head = f"--{name}" if flag.default in (None, "", []) else f"--{name}={flag.default}"
+        text = (flag.help or "").split(REPEAT)[0].rstrip("; \n")
+        lines += textwrap.wrap(f"{head:<24} {text}", 108, initial_indent="  ", subsequent_indent=" " * 27)
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Generate text with a compressed KV cache.
 
-    python -m launch.generate --policy='snapkv(budget=0.25) | int8' --prompt='Once upon a time' --max_new_tokens=64
+    python -m launch.generate --policy='snapkv(budget=0.25) | int8' --prompt='Once upon a time'
 
 The text and what it cost go to stdout; with --json the last line is one JSON object.
 """
@@ -110,8 +110,8 @@ def read_prompts(f: flags.FlagValues) -> list[str]:
 
 def read_sampling(f: flags.FlagValues) -> Sampling:
     """Sampling settings; ValueError names one out of range."""
-    names = [field.name for field in dataclasses.fields(Sampling)]
-    return Sampling(**{name: f[name].value for name in names})
+    given: dict[str, Any] = {field.name: f[field.name].value for field in dataclasses.fields(Sampling)}
+    return Sampling(**given)
 
 
 def warm_up(
@@ -182,7 +182,7 @@ def _print(piece: str) -> None:
 
 
 def decode_speed(filled: Filled, rows: int) -> float | None:
-    """Tokens per second of the decode loop, all rows together; the first token of a row comes from prefill."""
+    """Tokens per second of the decode loop, all rows together; a row's first token comes from prefill."""
     steps = filled.new_tokens - rows
     return steps / filled.decode_s if steps > 0 and filled.decode_s > 0 else None
 
@@ -211,11 +211,12 @@ def report(f: flags.FlagValues, session: Session, outputs: list[dict[str, Any]],
     print(
         f"\n{new} tokens, first after {filled.prefill_s:.3f} s"
         + (f", then {speed:.1f} tokens/s" if speed else "")
-        + f"; cache {filled.cache_bytes:,} bytes, {filled.cache_bytes / filled.full_cache_bytes:.1%} of full; "
-        f"{cost['policy']}, {session.dtype}, {session.backend}"
+        + f"; cache {filled.cache_bytes:,} bytes, {filled.cache_bytes / filled.full_cache_bytes:.1%} of full"
+        f"; {cost['policy']}, {session.dtype}, {session.backend}"
     )
     if f.json:
-        print(json.dumps({**outputs[0], **cost} if len(outputs) == 1 else {"outputs": outputs, **cost}))
+        texts = outputs[0] if len(outputs) == 1 else {"outputs": outputs}
+        print(json.dumps({**texts, **cost}))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
@@ -100,8 +102,9 @@ class Session:
 def check_model_flags(f: flags.FlagValues) -> dict[str, int]:
     """Mesh sizes; ValueError for flags that contradict each other. Starts no backend, so it comes first."""
     for name in ("chunk", "cpu_devices", "memory_limit"):
-        if f[name].value < 0:
-            raise ValueError(f"--{name} must not be negative, got {f[name].value}")
+        value: Any = f[name].value
+        if value < 0:
+            raise ValueError(f"--{name} must not be negative, got {value}")
     return parse_mesh(f.mesh)
 
 
@@ -122,6 +125,11 @@ def open_session(f: flags.FlagValues) -> Session:
     dtype = dtype or model.config.dtype
     limit = f.memory_limit or free_memory(mesh)
     return Session(model, DecoderLM(model.config, dtype), dtype, mesh, f.chunk or None, limit)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The ambient mesh of calls to `kvjax.generation.engine`, or nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def free_memory(mesh: Mesh | None) -> int | None:
@@ -149,4 +157,5 @@ def _free_host_memory() -> int | None:
 
 def compilations() -> int:
     """Programs compiled so far for prefill, extension and decoding."""
-    return sum(f._cache_size() for f in (engine.prefill, engine.extend, engine.begin, engine.decode))
+    functions: list[Any] = [engine.prefill, engine.extend, engine.begin, engine.decode]
+    return sum(f._cache_size() for f in functions)
