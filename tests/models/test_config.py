@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from models import rope, zoo
-from models.config import from_hf
+from models.config import ARCHITECTURES, from_hf
 from models.params import init_params, param_specs
 from models.rope import Rope
 
@@ -155,3 +155,12 @@ def test_random_weights(name):
     assert not np.array_equal(params.layers[0].qkv, params.layers[1].qkv)
     if config.qkv_bias:
         np.testing.assert_array_equal(layer.qkv_bias, 0.0)
+
+
+def test_every_architecture_has_a_tiny_shape():
+    configs = [zoo.tiny(name) for name in zoo.families()]
+    assert [c.family for c in configs] == zoo.families()
+    assert len(set(configs)) == len(ARCHITECTURES)
+    assert zoo.tiny("gemma3").windows == (20, None)
+    with pytest.raises(ValueError, match="family 'bert' is not known; known: llama, mistral"):
+        zoo.tiny("bert")
