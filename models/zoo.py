@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from models.config import ModelConfig, from_hf
 from models.rope import Rope
 
@@ -76,7 +78,7 @@ def shape(name: str) -> ModelConfig:
     return SHAPES[name]
 
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -90,8 +92,8 @@ _TINY = {
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
-_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_TINY_FAMILIES = {
+_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_TINY_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 20}),
     "qwen2": ("Qwen2ForCausalLM", {}),
