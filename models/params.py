@@ -37,7 +37,8 @@ class Moe:
     """A mixture of gated MLPs, with Qwen2-MoE's shared expert if the model has one."""
 
     router: Array  # [embed, experts]
-    gate_up: Array  # [experts, embed, 2, mlp]
+    gate: Array  # [experts, embed, mlp]
+    up: Array  # [experts, embed, mlp]
     down: Array  # [experts, mlp, embed]
     shared: Mlp | None = None
     shared_gate: Array | None = None  # [embed]
@@ -134,7 +135,8 @@ def _moe(config: ModelConfig) -> Any:
     assert moe is not None
     return Moe(
         router=_spec((e, moe.experts), ("embed", None), e),
-        gate_up=_spec((moe.experts, e, 2, moe.mlp_dim), ("experts", "embed", None, "mlp"), e),
+        gate=_spec((moe.experts, e, moe.mlp_dim), ("experts", "embed", "mlp"), e),
+        up=_spec((moe.experts, e, moe.mlp_dim), ("experts", "embed", "mlp"), e),
         down=_spec((moe.experts, moe.mlp_dim, e), ("experts", "mlp", "embed"), moe.mlp_dim),
         shared=_mlp(config, moe.shared_mlp_dim) if moe.shared_mlp_dim else None,
         shared_gate=_vector(config) if moe.shared_mlp_dim else None,
