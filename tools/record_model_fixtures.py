@@ -119,7 +119,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(weight.shape, generator=generator)
         if weight.ndim == 1:
             is_norm = "norm" in name
-            center = float(weight.flatten()[0]) if is_norm else 0.0
+            center = weight.flatten()[0].item() if is_norm else 0.0
             value = center + 0.2 * noise
         else:
             value = noise * weight.shape[-1] ** -0.5 * (4.0 if "embed" in name else 1.5)
