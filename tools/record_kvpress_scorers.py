@@ -17,8 +17,22 @@ import numpy as np
 import torch
 from kvpress import (
     AdaKVPress,
+    BlockPress,
+    CapPress,
+    ChunkKVPress,
+    CompactorPress,
+    CriticalKVPress,
+    CURPress,
+    EntropyGatedChunkKVPress,
+    ExpectedAttentionPress,
+    FinchPress,
     KeyDiffPress,
+    KeyRerotationPress,
     KnormPress,
+    LagKVPress,
+    LeverageScorePress,
+    NonCausalAttnPress,
+    SimLayerKVPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
@@ -27,6 +41,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 RATIOS = (0.25, 0.5, 0.7)
 LENGTHS = (64, 51)
+SEED = 100  # of the random sketches
 
 
 def presses(ratio: float) -> dict:
@@ -39,7 +54,35 @@ def presses(ratio: float) -> dict:
         "keydiff": KeyDiffPress(ratio),
         "adakv_snapkv": AdaKVPress(SnapKVPress(ratio, window_size=8, kernel_size=5), alpha_safeguard=0.2),
         "adakv_keydiff": AdaKVPress(KeyDiffPress(ratio), alpha_safeguard=0.2),
+        "lagkv": LagKVPress(ratio, n_sink=4, lag_size=8),
+        "lagkv_cross": LagKVPress(ratio, n_sink=4, lag_size=8, cross_scoring=True),
+        "lagkv_short": LagKVPress(ratio, n_sink=4, lag_size=32),
+        "expected_attention": ExpectedAttentionPress(ratio, n_future_positions=64),
+        "expected_attention_eps": ExpectedAttentionPress(ratio, epsilon=1e-2, use_covariance=False),
+        "cap": CapPress(ratio, n_future_positions=64),
+        "non_causal_attn": NonCausalAttnPress(ratio, chunk_size=16),
+        "leverage_score": LeverageScorePress(ratio, sketch_dimension=8),
+        "compactor": CompactorPress(ratio, chunk_size=16, sketch_dimension=8),
+        "cur": CURPress(ratio),
+        "cur_mean": CURPress(ratio, leverage_type="kv_avg", local_window_size=5),
+        "criticalkv": CriticalKVPress(SnapKVPress(ratio, window_size=8, kernel_size=5)),
+        "chunkkv": ChunkKVPress(SnapKVPress(ratio, window_size=8, kernel_size=5), chunk_length=6),
+        "entropy_gated_chunkkv": EntropyGatedChunkKVPress(
+            SnapKVPress(ratio, window_size=8, kernel_size=5), chunk_length=6, low_entropy_chunk_length=3
+        ),
+        "block_keydiff": BlockPress(KeyDiffPress(ratio), block_size=8),
+        "simlayerkv": SimLayerKVPress(lazy_threshold=0.6, n_last=1, n_recent=int(24 / ratio) // 4, n_initial=4),
+        "rerotated_knorm": KeyRerotationPress(KnormPress(ratio)),
+        "finch": finch(ratio, True),
+        "finch_plain": finch(ratio, False),
     }
+
+
+def finch(ratio: float, normalize: bool) -> FinchPress:
+    """Finch with the last 8 tokens as the question."""
+    press = FinchPress(ratio, normalize_scores=normalize)
+    press.window_size = 8
+    return press
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -87,11 +130,12 @@ def capture(model: LlamaForCausalLM, tokens: torch.Tensor) -> list[dict]:
     return layers
 
 
-def kept(press, x: dict) -> np.ndarray:
-    """bool [kv_heads, tokens]: entries that the press leaves."""
+def kept(press, x: dict) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [kv_heads, tokens]: entries that the press leaves, their keys)."""
     module, v = x["module"], x["v"]
     module.masked_key_indices = None
-    _, survivors = press.compress(module, x["hidden"], x["k"].clone(), v.clone(), None, x["kwargs"])
+    torch.manual_seed(SEED)
+    keys, survivors = press.compress(module, x["hidden"], x["k"].clone(), v.clone(), None, x["kwargs"])
     mask = np.zeros(v.shape[1:3], bool)
     for head in range(v.shape[1]):
         distance = torch.cdist(survivors[0, head].double(), v[0, head].double())
@@ -99,7 +143,7 @@ def kept(press, x: dict) -> np.ndarray:
     if module.masked_key_indices is not None:
         _, heads, slots = (i.numpy() for i in module.masked_key_indices)
         mask[heads, slots] = False
-    return mask
+    return mask, keys[0].numpy()
 
 
 @torch.inference_mode()
@@ -107,6 +151,8 @@ def main(path: str) -> None:
     """Record everything into one compressed npz file."""
     model = tiny_llama()
     out: dict[str, np.ndarray] = {"inv_freq": model.model.rotary_emb.inv_freq.numpy()}
+    torch.manual_seed(SEED)
+    out["sketch"] = (torch.randn(1, 2, 16, 8) * 8**-0.5)[0].numpy()
     for n, length in enumerate(LENGTHS):
         # Distinct tokens, so that values identify entries.
         tokens = torch.randperm(128, generator=torch.Generator().manual_seed(n))[None, :length]
@@ -122,9 +168,13 @@ def main(path: str) -> None:
                 for name, press in presses(ratio).items():
                     key = f"{name}/{n}/{i}"
                     if hasattr(press, "score") and ratio == 0.5:
+                        torch.manual_seed(SEED)
                         scores = press.score(x["module"], x["hidden"], x["k"], x["v"], None, x["kwargs"])
                         out[f"scores/{key}"] = scores[0].float().numpy()
-                    out[f"kept/{key}/{ratio}"] = np.packbits(kept(press, x), axis=-1)
+                    mask, keys = kept(press, x)
+                    out[f"kept/{key}/{ratio}"] = np.packbits(mask, axis=-1)
+                    if name.startswith("rerotated") and ratio == 0.5:
+                        out[f"keys/{key}"] = keys
     np.savez_compressed(path, **out)
     print(f"{path}: {len(out)} arrays")
 
