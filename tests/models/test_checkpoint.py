@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import chex
 import fixtures
@@ -18,7 +19,7 @@ from safetensors.numpy import save_file
 
 from models import checkpoint
 from models.params import param_axes, param_specs, split_qkv
-from models.weights import CheckpointError
+from models.weights import CheckpointError, TensorReader, assemble
 
 
 def _tensors(name: str) -> dict[str, np.ndarray]:
@@ -50,6 +51,20 @@ def test_weights_arrive_where_they_belong(tmp_path):
     np.testing.assert_array_equal(gate_up[:, 1], tensors[prefix + "mlp.up_proj.weight"].T)
     np.testing.assert_array_equal(np.asarray(model.params.head), tensors["lm_head.weight"])
     assert model.params.embedding.dtype == jnp.bfloat16
+
+
+def test_tensors_are_streamed():
+    """Reading holds a few tensors at a time, far from the 44 MB of the model."""
+    directory = checkpoint.EMBEDDED / "kvref-22m"
+    config = checkpoint.read_hf_config(directory)
+    largest = config.vocab_size * config.embed_dim * 2
+    tracemalloc.start()
+    with TensorReader(directory) as reader:
+        shapes = assemble(reader, config, lambda array, spec: array.shape)
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shapes.embedding == (8192, 384)
+    assert largest <= peak < 3 * largest
 
 
 def test_shards_equal_one_file(tmp_path):
@@ -151,6 +166,15 @@ def _nan(tensors):
     tensors["model.layers.0.self_attn.k_proj.weight"][3, 4] = np.nan
 
 
+def _infinite(tensors):
+    tensors["model.layers.0.self_attn.v_proj.weight"][0, 0] = -np.inf
+
+
+def _nan_f32(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32)
+    tensors["lm_head.weight"][-1, -1] = np.nan
+
+
 def _extra(tensors):
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
 
@@ -169,6 +193,8 @@ def _integers(tensors):
         (_without("lm_head.weight"), r"tensor lm_head\.weight is missing"),
         (_cut, r"model\.layers\.1\.mlp\.down_proj\.weight has shape \(32, 47\), expected \(32, 48\)"),
         (_nan, r"tensor model\.layers\.0\.self_attn\.k_proj\.weight has NaN or infinite values"),
+        (_infinite, r"tensor model\.layers\.0\.self_attn\.v_proj\.weight has NaN or infinite values"),
+        (_nan_f32, r"tensor lm_head\.weight has NaN or infinite values"),
         (_extra, r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is not part of the model"),
         (_integers, r"tensor model\.norm\.weight is int32; supported: float32, float16, bfloat16"),
     ],
