@@ -72,7 +72,7 @@ class TensorReader:
             raise CheckpointError(f"tensor {name} cannot be read: {error}") from error
         if array.dtype not in FLOATS:
             raise CheckpointError(f"tensor {name} is {array.dtype}; supported: float32, float16, bfloat16")
-        if not _is_finite(array):
+        if not np.isfinite(array).all():
             raise CheckpointError(f"tensor {name} has NaN or infinite values")
         self._read.add(name)
         return array
@@ -89,12 +89,6 @@ class TensorReader:
             raise CheckpointError(
                 f"tensor {left[0]}{more} is not part of the model that config.json describes"
             )
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    if array.dtype == ml_dtypes.bfloat16:  # by its exponent bits: 20 times faster than the ufunc
-        return not np.any((array.view(np.uint16) & 0x7F80) == 0x7F80)
-    return bool(np.isfinite(array).all())
 
 
 def _files(directory: Path) -> list[Path]:
