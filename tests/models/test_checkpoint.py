@@ -8,12 +8,12 @@ import shutil
 import tracemalloc
 
 import chex
-import fixtures
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import recorded
 import safetensors
 from safetensors.numpy import save_file
 
@@ -23,14 +23,14 @@ from models.weights import CheckpointError, TensorReader, assemble
 
 
 def _tensors(name: str) -> dict[str, np.ndarray]:
-    with safetensors.safe_open(fixtures.DIRECTORY / name / "model.safetensors", "np") as file:
+    with safetensors.safe_open(recorded.DIRECTORY / name / "model.safetensors", "np") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _write(path, name="llama2", tensors=None, **settings):
     """A Hugging Face directory made of a recorded model, the embedded tokenizer, and changes."""
     path.mkdir(exist_ok=True)
-    config = json.loads((fixtures.DIRECTORY / name / "config.json").read_text()) | settings
+    config = json.loads((recorded.DIRECTORY / name / "config.json").read_text()) | settings
     (path / "config.json").write_text(json.dumps(config))
     save_file(_tensors(name) if tensors is None else tensors, path / "model.safetensors")
     shutil.copy(checkpoint.EMBEDDED / "kvref-draft-2m" / "tokenizer.model", path)
@@ -90,9 +90,9 @@ def test_tied_model_ignores_a_stored_head(tmp_path):
     assert model.params.head is None
 
 
-@pytest.mark.parametrize("name", fixtures.FAMILIES)
+@pytest.mark.parametrize("name", recorded.FAMILIES)
 def test_declared_shapes_and_axes_match_the_weights(name):
-    config, params, _, _ = fixtures.load(name)
+    config, params, _, _ = recorded.load(name)
     specs = param_specs(config, "float32")
     chex.assert_trees_all_equal_shapes_and_dtypes(params, specs)
 
