@@ -129,7 +129,8 @@ def _store(
         return cache.replace(pending=(*cache.pending, Pending(entries, scores, obs)))
     with jax.named_scope("allocate"):
         if compress:
-            counts = _counts(plan, i, scores, entries.pos >= 0, obs.length)
+            length = jnp.maximum(obs.length, cache.expected)
+            counts = _counts(plan, i, scores, entries.pos >= 0, length)
             limit = _limit(plan, i, counts, obs.length)
         else:
             limit = jnp.full_like(limit, lp.keep_capacity) if lp.fixed_limit else limit
@@ -190,7 +191,7 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
     if cache.pending:
         pending = cache.pending
         policy, length = plan.layers[pending[0].obs.layer].policy, pending[0].obs.length
-        keep = policy.keep_counts(length, plan.prompt)
+        keep = policy.keep_counts(jnp.maximum(length, cache.expected), plan.prompt)
         with jax.named_scope("allocate"):
             counts = policy.allocator.model_counts(
                 [p.scores for p in pending], [p.entries.pos >= 0 for p in pending], keep
@@ -243,4 +244,3 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         return out, cache
 
     return attend
-

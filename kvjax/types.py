@@ -29,7 +29,9 @@ class ModelShape:
     q_heads: int
     kv_heads: int
     head_dim: int
-    windows: tuple[int | None, ...]  # per layer: sliding window in tokens (a query sees itself and window-1 before)
+    windows: tuple[
+        int | None, ...
+    ]  # per layer: sliding window in tokens (a query sees itself and window-1 before)
     dtype: str = "float32"  # dtype of keys and values before any codec
     max_context: int = 8192
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from models import config as config_lib
 from models.config import ModelConfig, MoeConfig
-from models.params import Params, ParamSpec, declare
+from models.params import Params, ParamSpec, ShardingFn, declare
 from models.rope import Rope
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.weights import CheckpointError, TensorReader, assemble
@@ -24,10 +24,6 @@ from models.weights import CheckpointError, TensorReader, assemble
 EMBEDDED = Path(__file__).parent / "checkpoints"
 CONFIG_FILE = "kvjax_config.json"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-
-Sharding = jax.sharding.Sharding
-ShardingFn = Callable[[tuple[str | None, ...], tuple[int, ...]], Sharding]
-"""`(logical axes, shape) -> where the array lives`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +62,15 @@ def load(source: str | Path, dtype: Any = None, sharding: ShardingFn | None = No
         config = _config_from_json(_read_json(directory / CONFIG_FILE))
         read: Callable[..., Params] = _restore_orbax
     elif (directory / "config.json").is_file():
-        config = _read_hf_config(directory)
-        read = _read_hf_params
+        config = read_hf_config(directory)
+        read = read_hf_params
     else:
         raise CheckpointError(f"{directory} has neither config.json (Hugging Face) nor {CONFIG_FILE} (Orbax)")
     try:
         tokenizer = load_tokenizer(directory, _special_ids(directory, config))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    params = read(directory, config, np.dtype(jnp.dtype(dtype or config.dtype)), sharding)
+    params = read(directory, config, jnp.dtype(dtype or config.dtype), sharding)
     return Model(config, params, tokenizer, directory.name, fingerprint(config, params), directory)
 
 
@@ -103,6 +99,8 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     settings = dataclasses.asdict(config)
     for runtime in ("dtype", "max_context"):
         del settings[runtime]
+    if settings["moe"]:
+        del settings["moe"]["dispatch"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     first, last = params.layers[0], params.layers[-1]
     for sample in (params.embedding[:8, :32], first.qkv[:8, 0, 0], last.wo[0, :8], params.final_norm):
@@ -117,7 +115,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
 
 
-def _read_hf_config(directory: Path) -> ModelConfig:
+def read_hf_config(directory: Path) -> ModelConfig:
+    """The configuration of a Hugging Face directory. Raises CheckpointError."""
     path = directory / "config.json"
     try:
         config = config_lib.from_hf(_read_json(path))
@@ -146,9 +145,11 @@ def _special_ids(directory: Path, config: ModelConfig) -> dict[str, Any]:
     return {"bos_id": config.bos_id if adds_bos else None, "eos_ids": config.eos_ids, "pad_id": config.pad_id}
 
 
-def _read_hf_params(
-    directory: Path, config: ModelConfig, dtype: np.dtype, sharding: ShardingFn | None
+def read_hf_params(
+    directory: Path, config: ModelConfig, dtype: np.dtype, sharding: ShardingFn | None = None
 ) -> Params:
+    """The weights of a Hugging Face directory, read one tensor at a time. Raises CheckpointError."""
+
     def place(array: np.ndarray, spec: ParamSpec) -> jax.Array:
         array = array.astype(dtype, copy=False)
         return jax.device_put(array, sharding(spec.axes, spec.shape) if sharding else None)

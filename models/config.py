@@ -98,8 +98,9 @@ def from_hf(hf: Json) -> ModelConfig:
     name = names[0] if names else f"none (model_type {hf.get('model_type')!r})"
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if hf.get("mlp_bias"):
-        raise ValueError(f"mlp_bias=true of {name} is not supported; supported: false")
+    for setting in ("mlp_bias", "use_bidirectional_attention"):
+        if hf.get(setting):
+            raise ValueError(f"{setting}=true of {name} is not supported; supported: false")
     return ARCHITECTURES[name](hf)
 
 
@@ -118,8 +119,8 @@ def _common(hf: Json, family: str, **overrides: Any) -> ModelConfig:
         mlp_dim=hf["intermediate_size"],
         ropes=(_rope(hf, head_dim),) * layers,
         windows=(None,) * layers,
-        max_context=hf.get("max_position_embeddings", 2048),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        max_context=hf["max_position_embeddings"],
+        norm_eps=hf["rms_norm_eps"],
         tied=bool(hf.get("tie_word_embeddings", False)),
         activation=_activation(hf),
         attention_scale=head_dim**-0.5,
@@ -149,13 +150,14 @@ def _rope(hf: Json, head_dim: int, parameters: Json | None = None, theta: float 
     if parameters is None:
         parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if "original_max_position_embeddings" in hf:  # Phi-3 keeps it beside the scaling, not inside
-        parameters = {"original_max_position_embeddings": hf["original_max_position_embeddings"]} | parameters
-    partial = parameters.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+        original = {"original_max_position_embeddings": hf["original_max_position_embeddings"]}
+        parameters = parameters | original
+    partial = parameters.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
     return rope_lib.from_hf(
         parameters,
         theta=theta or hf.get("rope_theta", 10000.0),
-        rotary_dim=int(head_dim * partial),
-        max_context=hf.get("max_position_embeddings", 2048),
+        rotary_dim=int(head_dim * float(partial)),
+        max_context=hf["max_position_embeddings"],
     )
 
 
@@ -177,6 +179,7 @@ def _llama(hf: Json) -> ModelConfig:
 
 
 def _mistral(hf: Json) -> ModelConfig:
+    hf = {"sliding_window": 4096} | hf  # what an absent key means to the reference; null means none
     return _common(hf, "mistral", windows=_layer_windows(hf, lambda i: True))
 
 
@@ -229,7 +232,7 @@ def _gemma2(hf: Json) -> ModelConfig:
 
 
 def _gemma3(hf: Json) -> ModelConfig:
-    every = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
+    every = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
     windows = _layer_windows(hf, lambda i: (i + 1) % every != 0)
     head_dim = hf.get("head_dim", 256)
     by_type = hf.get("rope_parameters") or {}
@@ -253,6 +256,14 @@ def _gemma3(hf: Json) -> ModelConfig:
 
 
 def _phi3(hf: Json) -> ModelConfig:
+    scaling = hf.get("rope_scaling") or {}
+    if scaling.get("type", scaling.get("rope_type")) in (
+        "su",
+        "yarn",
+    ):  # older names of this family's longrope
+        hf = hf | {
+            "rope_scaling": {k: v for k, v in scaling.items() if k != "type"} | {"rope_type": "longrope"}
+        }
     return _common(hf, "phi3", windows=_layer_windows(hf, lambda i: True))
 
 
@@ -270,7 +281,7 @@ def _mixtral(hf: Json) -> ModelConfig:
 def _qwen_moe(hf: Json, shared_mlp_dim: int, normalize: bool) -> MoeConfig:
     every, plain = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
     return MoeConfig(
-        experts=hf["num_experts"],
+        experts=hf.get("num_experts") or hf["num_local_experts"],  # transformers 4, 5
         top_k=hf["num_experts_per_tok"],
         mlp_dim=hf["moe_intermediate_size"],
         normalize=bool(hf.get("norm_topk_prob", normalize)),

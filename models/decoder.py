@@ -137,7 +137,8 @@ def _block(
         h = rms_norm(x, layer.attention_norm, config)
         inputs = _attention_inputs(layer, config, index, h, positions, ropes[config.ropes[index]])
         out, cache = attend(inputs, cache)
-        y = jnp.einsum("bhtd,hde->bte", out.astype(x.dtype), layer.wo)
+        # Tokens before heads here, or XLA would transpose the weight instead.
+        y = jnp.einsum("bthd,hde->bte", out.astype(x.dtype).swapaxes(1, 2), layer.wo)
         if layer.out_bias is not None:
             y = y + layer.out_bias
         if layer.attention_post_norm is not None:

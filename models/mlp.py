@@ -14,7 +14,7 @@ Array = jax.Array
 def gated_mlp(mlp: Mlp, x: Array, config: ModelConfig) -> Array:
     """[batch, tokens, embed] -> the same."""
     gate_up = jnp.einsum("bte,enf->btnf", x, mlp.gate_up)
-    return jnp.einsum("btf,fe->bte", _gated(gate_up, config), mlp.down)
+    return jnp.einsum("btf,fe->bte", _gated(gate_up[..., 0, :], gate_up[..., 1, :], config), mlp.down)
 
 
 def mixture(moe: Moe, x: Array, config: ModelConfig) -> Array:
@@ -30,9 +30,8 @@ def mixture(moe: Moe, x: Array, config: ModelConfig) -> Array:
     return out
 
 
-def _gated(gate_up: Array, config: ModelConfig) -> Array:
-    """act(gate) * up of [..., 2, mlp]."""
-    gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+def _gated(gate: Array, up: Array, config: ModelConfig) -> Array:
+    """act(gate) * up."""
     act = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
     return act * up
 
@@ -50,22 +49,22 @@ def _route(moe: Moe, x: Array, config: ModelConfig) -> tuple[Array, Array]:
 
 def _ragged(moe: Moe, x: Array, weights: Array, chosen: Array, config: ModelConfig) -> Array:
     """Sorts (token, expert) pairs by expert and multiplies each group by its expert's weights."""
-    experts, embed, _, mlp_dim = moe.gate_up.shape
+    experts, embed, _ = moe.gate.shape
     top_k = chosen.shape[-1]
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=experts).astype(jnp.int32)
     rows = x.reshape(-1, embed)[order // top_k]  # [batch * tokens * top_k, embed]
-    gate_up = jax.lax.ragged_dot(rows, moe.gate_up.reshape(experts, embed, 2 * mlp_dim), sizes)
-    inner = _gated(gate_up.reshape(-1, 2, mlp_dim), config)
-    out = jax.lax.ragged_dot(inner, moe.down, sizes) * weights.reshape(-1)[order, None].astype(x.dtype)
+    gate, up = (jax.lax.ragged_dot(rows, w, sizes) for w in (moe.gate, moe.up))
+    out = jax.lax.ragged_dot(_gated(gate, up, config), moe.down, sizes)
+    out = out * weights.reshape(-1)[order, None].astype(x.dtype)
     unsorted = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     return unsorted.reshape(*x.shape[:2], top_k, embed).sum(axis=2)
 
 
 def _dense(moe: Moe, x: Array, weights: Array, chosen: Array, config: ModelConfig) -> Array:
     """Every expert for every token, weighted by 0 where it was not chosen."""
-    one_hot = jax.nn.one_hot(chosen, moe.gate_up.shape[0], dtype=jnp.float32)
+    one_hot = jax.nn.one_hot(chosen, moe.gate.shape[0], dtype=jnp.float32)
     share = jnp.einsum("btk,btkx->btx", weights, one_hot).astype(x.dtype)
-    inner = _gated(jnp.einsum("bte,xenf->btxnf", x, moe.gate_up), config) * share[..., None]
-    return jnp.einsum("btxf,xfe->bte", inner, moe.down)
+    gate, up = (jnp.einsum("bte,xef->btxf", x, w) for w in (moe.gate, moe.up))
+    return jnp.einsum("btxf,xfe->bte", _gated(gate, up, config) * share[..., None], moe.down)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from flax import struct
 from models.config import ModelConfig
 
 Array = jax.Array
+ShardingFn = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding]
+"""`(logical axes, shape) -> where the array lives`."""
 
 
 @struct.dataclass
@@ -34,7 +37,8 @@ class Moe:
     """A mixture of gated MLPs, with Qwen2-MoE's shared expert if the model has one."""
 
     router: Array  # [embed, experts]
-    gate_up: Array  # [experts, embed, 2, mlp]
+    gate: Array  # [experts, embed, mlp]
+    up: Array  # [experts, embed, mlp]
     down: Array  # [experts, mlp, embed]
     shared: Mlp | None = None
     shared_gate: Array | None = None  # [embed]
@@ -77,9 +81,9 @@ class ParamSpec:
     fan_in: int = 0  # random init has variance 1 / fan_in; 0: the identity of a norm, or the zero of a bias
 
 
-def declare(config: ModelConfig) -> Params:
+def declare(config: ModelConfig) -> Any:
     """`Params` whose leaves are `ParamSpec`."""
-    table = ParamSpec((config.vocab_size, config.embed_dim), ("vocab", "embed"), config.embed_dim)
+    table = _spec((config.vocab_size, config.embed_dim), ("vocab", "embed"), config.embed_dim)
     return Params(
         embedding=table,
         layers=tuple(_layer(config, i) for i in range(config.layers)),
@@ -88,20 +92,25 @@ def declare(config: ModelConfig) -> Params:
     )
 
 
+def _spec(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int = 0) -> Any:
+    """A `ParamSpec` that stands where the dataclasses above say Array."""
+    return ParamSpec(shape, axes, fan_in)
+
+
 def _vector(config: ModelConfig) -> Any:
-    return ParamSpec((config.embed_dim,), ("embed",))
+    return _spec((config.embed_dim,), ("embed",))
 
 
-def _layer(config: ModelConfig, layer: int) -> Layer:
+def _layer(config: ModelConfig, layer: int) -> Any:
     c = config
     kv, slots, dim = c.kv_heads, c.q_heads // c.kv_heads + 2, c.head_dim
-    head_norm = ParamSpec((dim,), ("head_dim",)) if c.qk_norm else None
+    head_norm = _spec((dim,), ("head_dim",)) if c.qk_norm else None
     post = _vector(c) if c.post_norms else None
     qkv_axes = ("kv_heads", None, "head_dim")
     return Layer(
-        qkv=ParamSpec((c.embed_dim, kv, slots, dim), ("embed", *qkv_axes), c.embed_dim),
-        qkv_bias=ParamSpec((kv, slots, dim), qkv_axes) if c.qkv_bias else None,
-        wo=ParamSpec((c.q_heads, dim, c.embed_dim), ("q_heads", "head_dim", "embed"), c.q_heads * dim),
+        qkv=_spec((c.embed_dim, kv, slots, dim), ("embed", *qkv_axes), c.embed_dim),
+        qkv_bias=_spec((kv, slots, dim), qkv_axes) if c.qkv_bias else None,
+        wo=_spec((c.q_heads, dim, c.embed_dim), ("q_heads", "head_dim", "embed"), c.q_heads * dim),
         out_bias=_vector(c) if c.out_bias else None,
         mlp=_moe(c) if c.has_experts(layer) else _mlp(c, c.mlp_dim),
         attention_norm=_vector(c),
@@ -113,21 +122,22 @@ def _layer(config: ModelConfig, layer: int) -> Layer:
     )
 
 
-def _mlp(config: ModelConfig, mlp_dim: int) -> Mlp:
+def _mlp(config: ModelConfig, mlp_dim: int) -> Any:
     e = config.embed_dim
     return Mlp(
-        gate_up=ParamSpec((e, 2, mlp_dim), ("embed", None, "mlp"), e),
-        down=ParamSpec((mlp_dim, e), ("mlp", "embed"), mlp_dim),
+        gate_up=_spec((e, 2, mlp_dim), ("embed", None, "mlp"), e),
+        down=_spec((mlp_dim, e), ("mlp", "embed"), mlp_dim),
     )
 
 
-def _moe(config: ModelConfig) -> Moe:
+def _moe(config: ModelConfig) -> Any:
     moe, e = config.moe, config.embed_dim
     assert moe is not None
     return Moe(
-        router=ParamSpec((e, moe.experts), ("embed", None), e),
-        gate_up=ParamSpec((moe.experts, e, 2, moe.mlp_dim), ("experts", "embed", None, "mlp"), e),
-        down=ParamSpec((moe.experts, moe.mlp_dim, e), ("experts", "mlp", "embed"), moe.mlp_dim),
+        router=_spec((e, moe.experts), ("embed", None), e),
+        gate=_spec((moe.experts, e, moe.mlp_dim), ("experts", "embed", "mlp"), e),
+        up=_spec((moe.experts, e, moe.mlp_dim), ("experts", "embed", "mlp"), e),
+        down=_spec((moe.experts, moe.mlp_dim, e), ("experts", "mlp", "embed"), moe.mlp_dim),
         shared=_mlp(config, moe.shared_mlp_dim) if moe.shared_mlp_dim else None,
         shared_gate=_vector(config) if moe.shared_mlp_dim else None,
     )
@@ -147,20 +157,31 @@ def param_specs(config: ModelConfig, dtype: Any) -> Params:
     return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)), declare(config))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def init_params(config: ModelConfig, key: Array, dtype: Any) -> Params:
-    """Random weights, for benchmarks and tests: normal with variance 1 / fan_in, norms the identity."""
+def init_params(config: ModelConfig, key: Array, dtype: Any, sharding: ShardingFn | None = None) -> Params:
+    """Random weights, for benchmarks and tests: normal with variance 1 / fan_in, norms the identity.
+
+    One small program per distinct shape, so that an 80-layer model compiles no longer than one layer;
+    `sharding` maps (logical axes, shape) to where an array is made.
+    """
     specs, tree = jax.tree.flatten(declare(config))
-    keys = jax.random.split(key, len(specs))
-    identity = 0.0 if config.unit_offset_norm else 1.0
+    norm = 0.0 if config.unit_offset_norm else 1.0
 
-    def one(path_key: Array, spec: ParamSpec) -> Array:
-        if spec.fan_in:
-            return jax.random.normal(path_key, spec.shape, dtype) * jnp.asarray(spec.fan_in**-0.5, dtype)
-        is_norm = len(spec.axes) == 1
-        return jnp.full(spec.shape, identity if is_norm else 0.0, dtype)
+    def one(leaf_key: Array, spec: ParamSpec) -> Array:
+        where = sharding(spec.axes, spec.shape) if sharding else None
+        return _random(leaf_key, dataclasses.replace(spec, axes=()), jnp.dtype(dtype), where, norm)
 
-    return jax.tree.unflatten(tree, [one(k, s) for k, s in zip(keys, specs)])
+    return jax.tree.unflatten(tree, [one(k, s) for k, s in zip(jax.random.split(key, len(specs)), specs)])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _random(
+    key: Array, spec: ParamSpec, dtype: Any, where: jax.sharding.Sharding | None, norm: float
+) -> Array:
+    if spec.fan_in:
+        value = jax.random.normal(key, spec.shape, dtype) * jnp.asarray(spec.fan_in**-0.5, dtype)
+    else:
+        value = jnp.full(spec.shape, norm if len(spec.shape) == 1 else 0.0, dtype)
+    return value if where is None else jax.lax.with_sharding_constraint(value, where)
 
 
 def split_qkv(layer: Layer) -> tuple[Array, Array, Array]:

@@ -119,14 +119,14 @@ def assemble(reader: TensorReader, config: ModelConfig, place: Place) -> Params:
     )
 
 
-def _layer(reader: TensorReader, config: ModelConfig, index: int, spec: Layer, place: Place) -> Layer:
+def _layer(reader: TensorReader, config: ModelConfig, index: int, spec: Any, place: Place) -> Layer:
     prefix = f"model.layers.{index}."
     attention, embed = prefix + "self_attn.", (config.embed_dim,)
 
-    def norm(name: str, leaf: Any) -> jax.Array | None:
+    def norm(name: str, leaf: Any) -> Any:
         return None if leaf is None else place(reader.get(f"{prefix}{name}.weight", embed), leaf)
 
-    def head_norm(name: str, leaf: Any) -> jax.Array | None:
+    def head_norm(name: str, leaf: Any) -> Any:
         if leaf is None:
             return None
         weight = reader.get(f"{attention}{name}.weight", (config.head_dim,))
@@ -187,23 +187,23 @@ def _qkv_bias(reader: TensorReader, config: ModelConfig, layer: int, prefix: str
     return _group(config, layer, q, k, v)
 
 
-def _mlp_or_moe(
-    reader: TensorReader, config: ModelConfig, prefix: str, spec: Mlp | Moe, place: Place
-) -> Mlp | Moe:
+def _mlp_or_moe(reader: TensorReader, config: ModelConfig, prefix: str, spec: Any, place: Place) -> Mlp | Moe:
     if isinstance(spec, Mlp):
         return _mlp(reader, prefix + "mlp.", spec, place, fused=config.family == "phi3")
     mixtral = config.family == "mixtral"
     root = prefix + ("block_sparse_moe." if mixtral else "mlp.")
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    experts, e, _, f = spec.gate_up.shape
-    gate_up, down = None, None
-    for i in range(experts):  # one expert at a time into the stacked array
-        gate, up, out = (
-            reader.get(f"{root}experts.{i}.{n}.weight", s) for n, s in zip(names, ((f, e), (f, e), (e, f)))
-        )
-        if gate_up is None or down is None:
-            gate_up, down = np.empty(spec.gate_up.shape, gate.dtype), np.empty(spec.down.shape, out.dtype)
-        gate_up[i, :, 0], gate_up[i, :, 1], down[i] = gate.T, up.T, out.T
+    experts, e, f = spec.gate.shape
+
+    def stacked(name: str, leaf: Any, shape: tuple[int, int]) -> jax.Array:
+        """One expert at a time into the stacked array."""
+        out: Any = None
+        for i in range(experts):
+            weight = reader.get(f"{root}experts.{i}.{name}.weight", shape)
+            out = np.empty(leaf.shape, weight.dtype) if out is None else out
+            out[i] = weight.T
+        return place(out, leaf)
+
     router = reader.get(root + "gate.weight", (experts, e)).T
     shared = shared_gate = None
     if spec.shared is not None and spec.shared_gate is not None:
@@ -211,14 +211,15 @@ def _mlp_or_moe(
         shared_gate = place(reader.get(root + "shared_expert_gate.weight", (1, e))[0], spec.shared_gate)
     return Moe(
         router=place(router, spec.router),
-        gate_up=place(gate_up, spec.gate_up),
-        down=place(down, spec.down),
+        gate=stacked(names[0], spec.gate, (f, e)),
+        up=stacked(names[1], spec.up, (f, e)),
+        down=stacked(names[2], spec.down, (e, f)),
         shared=shared,
         shared_gate=shared_gate,
     )
 
 
-def _mlp(reader: TensorReader, prefix: str, spec: Mlp, place: Place, fused: bool = False) -> Mlp:
+def _mlp(reader: TensorReader, prefix: str, spec: Any, place: Place, fused: bool = False) -> Mlp:
     e, _, f = spec.gate_up.shape
     if fused:
         gate_up = reader.get(prefix + "gate_up_proj.weight", (2 * f, e)).reshape(2, f, e)

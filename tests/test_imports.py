@@ -70,8 +70,8 @@ def imports_resolve(source, module):
 
 
 def device_queries(source):
-    """Lines that ask jax which devices or backend exist."""
-    names = {"devices", "local_devices", "device_count", "local_device_count", "default_backend"}
+    """Lines that ask jax which devices exist."""
+    names = {"devices", "local_devices", "device_count", "local_device_count"}
     return [
         node.lineno
         for node in ast.walk(ast.parse(source))

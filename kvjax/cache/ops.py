@@ -175,7 +175,9 @@ def _take_fields(plan: Plan, i: int, store: dict[str, Array], index: Array) -> d
     fields = plan.layers[i].policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     grouped = [n for n, f in fields.items() if f.per != 1]
     if grouped:
-        raise ValueError(f"entries of a codec that groups slots cannot be moved one by one ({', '.join(grouped)})")
+        raise ValueError(
+            f"entries of a codec that groups slots cannot be moved one by one ({', '.join(grouped)})"
+        )
     return {name: take_slots(x, index) for name, x in store.items()}
 
 

@@ -55,7 +55,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.reserve < 0 or self.batch < 1:
             raise ValueError(
-                f"a cache needs batch >= 1, prompt >= 1 and reserve >= 0, got {self.batch}, {self.prompt}, {self.reserve}"
+                "a cache needs batch >= 1, prompt >= 1 and reserve >= 0, got "
+                f"{self.batch}, {self.prompt}, {self.reserve}"
             )
 
     @functools.cached_property
@@ -102,11 +103,12 @@ class Plan:
         for lp in self.layers:
             pages[lp.pool] = pages.get(lp.pool, 0) + lp.pages
         pools = tuple(
-            self._pool_specs(self.layers[i], pages[i]) if i in pages else None for i in range(self.shape.layers)
+            self._pool_specs(self.layers[i], pages[i]) if i in pages else None
+            for i in range(self.shape.layers)
         )
         row = ArraySpec((self.batch,), "int32", ("batch",))
         layers = tuple(self._layer_specs(i, lp) for i, lp in enumerate(self.layers))
-        return KVCache(layers=layers, pools=pools, length=row, next_position=row)
+        return KVCache(layers=layers, pools=pools, length=row, next_position=row, expected=row)
 
     def _pool_specs(self, lp: LayerPlan, pages: int) -> Pool:
         lead: tuple[int, ...] = (self.batch, self.shape.kv_heads)
@@ -141,4 +143,3 @@ class Plan:
     def prompt_only(self) -> Plan:
         """The same plan without room for generated tokens: what the compressed prompt itself costs."""
         return dataclasses.replace(self, reserve=0)
-

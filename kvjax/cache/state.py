@@ -19,7 +19,9 @@ Array = jax.Array
 class Pool:
     """What is stored: encoded keys and values, the position of each slot, and per-slot policy state."""
 
-    store: dict[str, Array]  # codec fields [batch, kv_heads, slots / per, ...] or [pages, page_size / per, ...]
+    store: dict[
+        str, Array
+    ]  # codec fields [batch, kv_heads, slots / per, ...] or [pages, page_size / per, ...]
     pos: Array  # int32 [batch, kv_heads, slots] or [pages, page_size]; true position of the entry, -1 = empty
     slot_state: dict[str, Array]  # like `pos`, with a suffix per name; moves with the entry
 
@@ -55,8 +57,13 @@ class KVCache:
     layers: tuple[Layer, ...]
     pools: tuple[Pool | None, ...]
     length: Array  # int32 [batch] true number of tokens seen
-    next_position: Array  # int32 [batch] RoPE position of the next token; = length unless keys were re-rotated
-    pending: tuple[Any, ...] = ()  # within one call: layers whose compaction waits (allocators of scope 'model')
+    next_position: (
+        Array  # int32 [batch] RoPE position of the next token; = length unless keys were re-rotated
+    )
+    expected: Array  # int32 [batch] length of the whole prompt while it is prefilled in chunks; 0 = unknown
+    pending: tuple[
+        Any, ...
+    ] = ()  # within one call: layers whose compaction waits (allocators of scope 'model')
 
     def put(self, i: int, layer: Layer, j: int, pool: Any) -> KVCache:
         """The cache with layer i and pool j replaced."""

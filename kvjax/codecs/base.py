@@ -52,12 +52,16 @@ class Codec:
         """The fields as the operand of `pallas_kernels.decode_attention`."""
         raise NotImplementedError
 
-    def specs(self, lead: tuple[int, ...], axes: tuple[str | None, ...], slots: int, head_dim: int, dtype: str):
+    def specs(
+        self, lead: tuple[int, ...], axes: tuple[str | None, ...], slots: int, head_dim: int, dtype: str
+    ):
         """dict of `ArraySpec` for `slots` slots under the leading shape; `axes` names lead and the slot axis."""
         out = {}
         for name, field in self.fields(head_dim, dtype).items():
             if slots % field.per:
-                raise ValueError(f"{slots} slots are not a multiple of the group of {field.per} that {name} uses")
+                raise ValueError(
+                    f"{slots} slots are not a multiple of the group of {field.per} that {name} uses"
+                )
             suffix_axes = tuple("head_dim" if s == head_dim else None for s in field.suffix)
             shape = (*lead, slots // field.per, *field.suffix)
             out[name] = ArraySpec(shape, field.dtype, (*axes, *suffix_axes))

@@ -75,7 +75,9 @@ def prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("lm", "plan", "compress", "all_logits", "implementation"), donate_argnames=("cache",)
+    jax.jit,
+    static_argnames=("lm", "plan", "compress", "all_logits", "implementation"),
+    donate_argnames=("cache",),
 )
 def extend(
     lm: LanguageModel,
@@ -146,7 +148,10 @@ def begin(
     *,
     room: int,
 ) -> DecodeState:
-    """The state after the first token, chosen from prefill's logits. stop int32 [n] (-1 = unused), limit int32 [batch]."""
+    """The state after the first token, chosen from prefill's logits.
+
+    stop int32 [n] (-1 = unused), limit int32 [batch].
+    """
     batch = logits.shape[0]
     state = DecodeState(
         cache=cache,

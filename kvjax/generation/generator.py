@@ -77,7 +77,9 @@ class Generator:
             if n < 1:
                 raise ValueError(f"prompt {i} is empty: it has no tokens")
             if n > limit:
-                raise ValueError(f"prompt {i} has {n} tokens, the model's context is {limit}; nothing was truncated")
+                raise ValueError(
+                    f"prompt {i} has {n} tokens, the model's context is {limit}; nothing was truncated"
+                )
             if n + new > limit:
                 raise ValueError(
                     f"prompt {i} has {n} tokens and {new} more may follow, the model's context is {limit}; "
@@ -117,6 +119,7 @@ class Generator:
                 self.lm, plan, self.params, tokens, positions, implementation=self.implementation
             )
         cache = jax.jit(ops.empty, static_argnums=0)(plan)
+        cache = cache.replace(expected=jnp.asarray([len(p) for p in prompts], jnp.int32))
         tokens, positions = pad_right(prompts, -(-longest // self.chunk) * self.chunk)
         logits = None
         for at in range(0, tokens.shape[1], self.chunk):
@@ -146,6 +149,8 @@ class Generator:
         on_tokens: Callable[[int, list[int]], None] | None = None,
     ) -> tuple[list[Output], Session]:
         """Prefill, then decode. See `Session.decode` for the arguments."""
+        if not prompts:
+            raise ValueError("no prompt was given")
         new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if any(n < 1 for n in new):
             raise ValueError(f"max_new_tokens must be at least 1, got {min(new)}")

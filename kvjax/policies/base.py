@@ -40,6 +40,8 @@ class Scorer:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const'."""
+    chunk_exact: ClassVar[bool] = False
+    """True when an entry's score never changes, so that chunked prefill keeps what whole prefill keeps."""
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """name -> (shape after [batch, kv_heads, slots], dtype). New entries start at zero."""
@@ -236,7 +238,13 @@ class Policy:
 
 
 def _short(part: Any) -> str:
-    return part if isinstance(part, str) else repr(part) if isinstance(part, int | float) else type(part).__name__
+    return (
+        part
+        if isinstance(part, str)
+        else repr(part)
+        if isinstance(part, int | float)
+        else type(part).__name__
+    )
 
 
 def specs_of_slot_state(

@@ -100,7 +100,9 @@ def build(name: str, **kwargs: Any) -> Policy:
             raise ValueError(
                 f"{name} has no argument {key!r}; allowed, closest first: {_closest(key, found.arguments)}"
             )
-    missing = [a for a, default in found.arguments.items() if default is inspect.Parameter.empty and a not in kwargs]
+    missing = [
+        a for a, default in found.arguments.items() if default is inspect.Parameter.empty and a not in kwargs
+    ]
     if missing:
         raise ValueError(f"{name} needs the argument {missing[0]!r}")
     try:
@@ -128,7 +130,9 @@ def parse(spec: str | Policy) -> Policy:
     if isinstance(spec, Policy):
         return spec
     if not isinstance(spec, str) or not spec.strip():
-        raise ValueError(f"a policy spec is a non-empty string such as 'snapkv(budget=0.5) | int8', got {spec!r}")
+        raise ValueError(
+            f"a policy spec is a non-empty string such as 'snapkv(budget=0.5) | int8', got {spec!r}"
+        )
     try:
         tree = ast.parse(spec.strip(), mode="eval").body
     except (SyntaxError, ValueError) as e:
@@ -176,7 +180,9 @@ def describe(name: str) -> Description:
     """Title, arXiv id, parts, arguments with defaults and stored bits per element (head_dim 128, bf16)."""
     found = lookup(name)
     policy = found.build(**{a: d for a, d in found.arguments.items() if d is not inspect.Parameter.empty})
-    parts = {part: type(getattr(policy, part)).__name__ for part in PARTS if getattr(policy, part) is not None}
+    parts = {
+        part: type(getattr(policy, part)).__name__ for part in PARTS if getattr(policy, part) is not None
+    }
     summary = (inspect.getdoc(found.build) or "").split("\n\n")[0].replace("\n", " ")
     bits = policy.codec.bits_per_element(128, "bfloat16")
     return Description(found.name, found.title, found.arxiv, parts, found.arguments, bits, summary)

@@ -36,7 +36,7 @@ def load_ruler(folder: str, limit: int) -> dict[str, list[Sample]]:
 
 
 def _load_file(file: pathlib.Path, limit: int) -> list[Sample]:
-    samples = []
+    samples: list[Sample] = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit and len(samples) == limit:

@@ -10,7 +10,11 @@ from kvjax.policies.methods.snapkv import snapkv
 from kvjax.policies.registry import Budget, build, method
 
 
-@method(title="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation", arxiv="2407.11550", tiny=dict(scorer=snapkv(window=4, kernel=3)))
+@method(
+    title="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation",
+    arxiv="2407.11550",
+    tiny=dict(scorer=snapkv(window=4, kernel=3)),
+)
 def adakv(scorer: Policy | str | None = None, budget: Budget | None = None, alpha: float = 0.2) -> Policy:
     """KV heads of a layer compete for the layer's budget, on top of any scorer; heads keep different numbers.
 

@@ -5,7 +5,11 @@ from kvjax.policies.registry import Budget, method
 from kvjax.policies.scorers.attention import AccumulatedAttention
 
 
-@method(title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs", arxiv="2306.14048", tiny=dict(recent=4))
+@method(
+    title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of LLMs",
+    arxiv="2306.14048",
+    tiny=dict(recent=4),
+)
 def h2o(budget: Budget = 0.5, recent: int = 32, evict_decode: bool = True) -> Policy:
     """Heavy hitters (largest attention accumulated over all queries) plus the `recent` newest entries.
 

@@ -13,5 +13,9 @@ def tova(budget: Budget = 0.5, recent: int = 1, evict_decode: bool = True) -> Po
     paper protects none (recent=0). While decoding, the least attended entry leaves after each step.
     """
     return Policy(
-        scorer=LastQuery(), budget=budget, recent=recent, evict_decode=evict_decode, explicit=frozenset({"scorer"})
+        scorer=LastQuery(),
+        budget=budget,
+        recent=recent,
+        evict_decode=evict_decode,
+        explicit=frozenset({"scorer"}),
     )

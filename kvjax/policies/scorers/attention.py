@@ -58,10 +58,7 @@ class LastQuery(Scorer):
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots], equal for all heads."""
-        if obs.prefilling:
-            row = obs.window_probs(1)[:, :, 0]
-        else:
-            row = obs.column_mass()
+        row = obs.window_probs(1)[:, :, 0] if obs.prefilling else obs.column_mass()
         mean = jnp.mean(row, axis=1, keepdims=True)
         return jnp.broadcast_to(mean, obs.pos.shape), state
 

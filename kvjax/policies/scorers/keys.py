@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -13,6 +14,8 @@ from kvjax.policies.observation import Observation
 @dataclasses.dataclass(frozen=True)
 class KeyNorm(Scorer):
     """score = -||k||_2: keys of small norm draw most attention (arXiv 2406.11430)."""
+
+    chunk_exact: ClassVar[bool] = True
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -13,6 +14,8 @@ from kvjax.policies.observation import Observation
 @dataclasses.dataclass(frozen=True)
 class Recency(Scorer):
     """score = position."""
+
+    chunk_exact: ClassVar[bool] = True
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """The position of each entry as its score."""
