@@ -35,12 +35,12 @@ _TILE = 1024
 _SMEM_ENTRIES = 192 * 1024
 
 
-def unsupported(
-    q: Array, *, k_positions: Array, scale: float, causal_aligned: bool, blocks: BlockTable | None
-) -> str | None:
+def unsupported(q: Array, *, scale: float, causal_aligned: bool, blocks: BlockTable | None) -> str | None:
     """Why the kernel cannot run on these operands, or None."""
     if q.dtype == jnp.float16:
         return "dtype float16 (bfloat16 and float32 are supported)"
+    if scale <= 0:
+        return f"scale={scale} (must be positive)"
     if blocks is None:
         return None
     if not causal_aligned:
@@ -74,7 +74,7 @@ def prefill_attention_tpu(
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """See `ops.prefill_attention`. Returns (out in q's dtype, lse f32 [batch, q_heads, tokens])."""
-    batch, q_heads, tokens, dim = q.shape
+    batch, q_heads, tokens, _ = q.shape
     kv_heads, slots = k.shape[1:3]
     tile_q, tile_k = tile_of(tokens), tile_of(slots)
     if blocks is not None:
