@@ -1,12 +1,13 @@
 """Decode attention through Mosaic TPU: every storage format, Dense and Ragged, in one kernel.
 
-The grid is ((row, KV head), step). Both layouts are a pool [pages, slots, ...] to the kernel: Dense is one page
-per (row, head), fetched in units of a few hundred slots; Ragged fetches several pages a step, each through an
-index map that reads the scalar-prefetched schedule. Units past a row's length repeat the last index, which
-Pallas does not fetch again, so the bytes read follow the lengths. Softmax state stays in VMEM across the steps.
+The grid is ((row, KV head), step). Both layouts are a pool [pages, slots, ...] to the kernel: Dense is one
+page per (row, head), fetched in units of a few hundred slots; Ragged fetches several pages a step, each
+through an index map that reads the scalar-prefetched schedule. Units past a row's length repeat the last
+index, which Pallas does not fetch again, so the bytes read follow the lengths. Softmax state stays in VMEM
+across the steps.
 
-Slots seen by each query come either from two bounds a row (no positions, tree or block table) or from one int32
-a slot whose bit t says that token t sees it.
+Slots seen by each query come either from two bounds a row (no positions, tree or block table) or from one
+int32 a slot whose bit t says that token t sees it.
 """
 
 from __future__ import annotations

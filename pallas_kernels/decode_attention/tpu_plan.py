@@ -101,7 +101,17 @@ class Schedule:
 
 
 def make_schedule(
-    store: KVStore, tokens: int, *, lengths, positions, q_positions, mask, window, table, blocks, block_size,
+    store: KVStore,
+    tokens: int,
+    *,
+    lengths,
+    positions,
+    q_positions,
+    mask,
+    window,
+    table,
+    blocks,
+    block_size,
     return_mass: bool,
 ) -> Schedule:
     """See `ops.decode_attention` for the arguments. With `return_mass` no slot before a window is skipped."""
@@ -142,7 +152,7 @@ def make_schedule(
         unit=unit, chunks=chunks, steps=steps, max_units=available, units_per_page=units_per_page,
         starts=starts.astype(jnp.int32), counts=counts.astype(jnp.int32),
         bounds=jnp.stack([low, high], -1).reshape(-1).astype(jnp.int32),
-        units=_units(heads, page, unit, units_per_page, table, blocks, block_size),
+        units=_units(heads, unit, units_per_page, table, blocks, block_size),
         bits=bits, slots=ids, total_slots=total,
         residual_seen=_residual_seen(store, lengths, stored, positions, q_positions, mask, window, tokens),
         tokens=tokens,
@@ -190,18 +200,15 @@ def _fetches(store: KVStore, heads: int, unit: int, units_per_page: int, paged: 
     return tuple(out)
 
 
-def _units(heads, page, unit, units_per_page, table, blocks, block_size) -> Array | None:
+def _units(heads, unit, units_per_page, table, blocks, block_size) -> Array | None:
     """Pool unit of every logical unit, int32 [heads, n]; None where Dense slots are read in order."""
     if table is None and blocks is None:
         return None
-    if blocks is None:
-        logical = jnp.broadcast_to(
-            jnp.arange(table.shape[2] * units_per_page, dtype=jnp.int32), (*table.shape[:2], table.shape[2])
-        ).reshape(heads, -1)
-    else:
-        ratio = block_size // unit
-        logical = jnp.maximum(blocks, 0)[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
-        logical = logical.reshape(heads, -1)
+    if blocks is None:  # a unit is a page
+        return jnp.maximum(table, 0).reshape(heads, -1)
+    ratio = block_size // unit
+    logical = jnp.maximum(blocks, 0)[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
+    logical = logical.reshape(heads, -1)
     if table is None:
         return jnp.arange(heads, dtype=jnp.int32)[:, None] * units_per_page + logical
     pages = jnp.take_along_axis(table.reshape(heads, -1), logical // units_per_page, axis=1, mode="clip")
@@ -209,7 +216,7 @@ def _units(heads, page, unit, units_per_page, table, blocks, block_size) -> Arra
 
 
 def _bounds(lengths, q_positions, window, tokens) -> tuple[Array, Array]:
-    """Slots [low, high) that each token sees when a slot's index is its position: [batch, kv_heads, tokens]."""
+    """Slots [low, high) each token sees where a slot's index is its position: [batch, kv_heads, tokens]."""
     high = jnp.broadcast_to(lengths[..., None], (*lengths.shape, tokens))
     low = jnp.zeros_like(high)
     if q_positions is not None:
@@ -244,5 +251,3 @@ def _residual_seen(store, lengths, stored, positions, q_positions, mask, window,
     pos = None if positions is None else positions[..., -store.residual :]
     valid = jnp.broadcast_to(place < store.res_lengths[..., None], ids.shape)
     return visible_slots(ids, stored, valid, pos, q_positions, mask, window, tokens)
-
-

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.observe.columns import column_plan
 from pallas_kernels.prefill_attention import aligned
 from pallas_kernels.prefill_attention.gpu import padded_head_dim
 from pallas_kernels.prefill_attention.reference import pad_axis
@@ -43,26 +44,6 @@ def unsupported(q: Array, *, lse: Array | None, scale: float, causal_aligned: bo
     if head_dim > 256 or head_dim % 8:
         return f"head_dim={head_dim} (multiples of 8 up to 256 are supported)"
     return None
-
-
-def _plan(low: Array) -> tuple[Array, Array]:
-    """Query blocks that see each key tile: (first int32 [tiles], steps int32 [batch, tiles, 3]).
-
-    Blocks run from the diagonal on. `steps` holds the ends of the diagonal part, of the part that needs no
-    mask and of the rest. Lower bounds rise along a row (padding, packed prompts and windows all do), so
-    each part is one run.
-    """
-    batch, tokens = low.shape
-    tiles = tokens // TILE_K
-    by_block = low.reshape(batch, 1, tokens // TILE_Q, TILE_Q)
-    start = jnp.arange(tiles, dtype=jnp.int32) * TILE_K
-    first = start // TILE_Q
-    full = (lax.cummax(by_block.max(-1), axis=2) <= start[:, None]).sum(-1)
-    some = (by_block.min(-1) < (start + TILE_K)[:, None]).sum(-1)
-    diagonal = -(-(start + TILE_K - 1) // TILE_Q)
-    ends = (jnp.minimum(diagonal, some), jnp.minimum(jnp.maximum(diagonal, full), some), some)
-    steps = jnp.stack([jnp.broadcast_to(jnp.maximum(e - first, 0), (batch, tiles)) for e in ends], -1)
-    return first, steps.astype(jnp.int32)
 
 
 def column_mass_gpu(
@@ -96,7 +77,7 @@ def column_mass_gpu(
     head_dim = q.shape[3]
     if head_dim > 128:
         stages = 2
-    first, steps = _plan(low)
+    first, steps = column_plan(low, TILE_Q, TILE_K)
 
     def kernel(q_ref, k_ref, shift_ref, low_ref, first_ref, steps_ref, out_ref, scoped):
         (k_smem, q_smem, shift_smem, out_smem), (k_full, q_full), q_free = scoped

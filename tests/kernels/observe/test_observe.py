@@ -51,6 +51,9 @@ def test_window(options, dtype, tolerance):
     assert not np.asarray(probs)[0, :, case.q_positions[0] < 0].any(), "padded queries observe nothing"
     mass = jit(window_mass)(q, k, **positions, scale=0.3, **options)
     assert relative_error(mass, want.sum(2)) <= tolerance
+    _, lse, _ = expected(case, q, k, 0.3)
+    probs = jit(window_probs)(q, k, **positions, scale=0.3, lse=jnp.asarray(lse, jnp.float32), **options)
+    assert relative_error(probs, want) <= tolerance
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
