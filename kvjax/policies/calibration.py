@@ -19,7 +19,9 @@ from kvjax.types import ModelShape
 
 def fingerprint(shape: ModelShape, weights: str = "") -> str:
     """What identifies a model: its cache shape, and a digest of its weights where the writer knows one."""
-    base = f"layers={shape.layers},q_heads={shape.q_heads},kv_heads={shape.kv_heads},head_dim={shape.head_dim}"
+    base = (
+        f"layers={shape.layers},q_heads={shape.q_heads},kv_heads={shape.kv_heads},head_dim={shape.head_dim}"
+    )
     return f"{base},weights={weights}" if weights else base
 
 
@@ -36,7 +38,9 @@ def load(path: str, mark: str | None = None) -> dict[str, np.ndarray]:
     both sides have one. ValueError for a missing or unreadable file, and for another model's file.
     """
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"calibration file {path!r} does not exist; write it with python -m launch.calibrate")
+        raise ValueError(
+            f"calibration file {path!r} does not exist; write it with python -m launch.calibrate"
+        )
     try:
         with safe_open(path, framework="numpy") as f:
             found = (f.metadata() or {}).get("fingerprint", "")
@@ -63,5 +67,7 @@ def load_layer(path: str, names: tuple[str, ...], layer: int, shape: ModelShape)
     arrays = load(path, fingerprint(shape))
     for name in names:
         if name not in arrays:
-            raise ValueError(f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}")
+            raise ValueError(
+                f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}"
+            )
     return {name: arrays[name][layer] for name in names}
