@@ -166,6 +166,7 @@ def _store(
         index = ops.all_entries(entries.pos >= 0, places)
         return _rebuild(plan, cache, obs, entries, index, limit)[0]
     assert policy.scorer is not None
+    obs = obs.replace(keep=_keep(plan, i, jnp.maximum(obs.length, cache.expected)) if compress else limit.max(1))
     with jax.named_scope("score"):
         state = {n: x for n, x in entries.slot_state.items() if n != "saliency"}
         scores, state = policy.scorer.score(obs, state)
@@ -177,8 +178,7 @@ def _store(
         return cache.replace(pending=(*cache.pending, Pending(entries, scores, obs)))
     with jax.named_scope("allocate"):
         if compress:
-            length = jnp.maximum(obs.length, cache.expected)
-            counts = _counts(plan, i, scores, entries.pos >= 0, length)
+            counts = policy.allocator.counts(scores, entries.pos >= 0, obs.need("keep"), i)
             limit = _limit(plan, i, counts, obs.length)
         else:
             limit = jnp.full_like(limit, lp.keep_capacity) if lp.fixed_limit else limit
@@ -186,11 +186,11 @@ def _store(
     return _compact(plan, cache, Pending(entries, scores, obs), counts, limit)[0]
 
 
-def _counts(plan: Plan, i: int, scores: Array, valid: Array, length: Array) -> Array:
+def _keep(plan: Plan, i: int, length: Array) -> Array:
+    """int32 [batch]: mean entries per head of layer i for prompts of `length` tokens."""
     policy = plan.layers[i].policy
     keep = policy.keep_counts(length, plan.prompt)
-    keep = policy.allocator.layer_keep(i, plan.shape.layers, keep, length)
-    return policy.allocator.counts(scores, valid, keep, i)
+    return policy.allocator.layer_keep(i, plan.shape.layers, keep, length)
 
 
 def _limit(plan: Plan, i: int, counts: Array, length: Array) -> Array:
@@ -278,6 +278,7 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
             obs = _observe(plan, x, cache, k, v, seen.pos, prefilling=False)
             if mass is not None:
                 obs = obs.replace(mass=mass[..., : seen.pos.shape[2]])
+            obs = obs.replace(keep=layer.limit.max(1))
             assert policy.scorer is not None
             scores, state = policy.scorer.score(obs, seen.slot_state)
             cache = ops.write_slot_state(plan, cache, i, state)

@@ -27,6 +27,7 @@ from kvjax.types import ModelShape
 
 Array = jax.Array
 State = dict[str, Array]
+PROTECTED = 1e30  # `Policy.protect` lifts sinks and recent entries to this or above; other scores stay below
 
 
 class Scorer:
@@ -232,8 +233,10 @@ class Policy:
         """Scores with sinks and recent entries lifted above all others (newest first), empty slots at NEG."""
         newest = length[:, None, None] - self.recent
         keep = ((pos < self.sink) | (pos >= newest)) & (pos >= 0)
-        order = jnp.where(pos < self.sink, 4e30, 1e30) * (1 + jnp.minimum(pos, 2**20) * 2.0**-20)
-        scores = jnp.where(jnp.isnan(scores), NEG, jnp.clip(scores.astype(jnp.float32), NEG, -NEG * 0.5))
+        order = jnp.where(pos < self.sink, 4 * PROTECTED, PROTECTED) * (
+            1 + jnp.minimum(pos, 2**20) * 2.0**-20
+        )
+        scores = jnp.where(jnp.isnan(scores), NEG, jnp.clip(scores.astype(jnp.float32), NEG, 0.5 * PROTECTED))
         return jnp.where(keep, order, jnp.where(pos >= 0, scores, -jnp.inf))
 
 

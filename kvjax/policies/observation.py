@@ -39,6 +39,7 @@ class Observation:
     hidden: Array | None = None  # [batch, tokens, embed]
     wo: Array | None = None  # [q_heads, head_dim, embed]
     inv_freq: Array | None = None  # f32 [rotary_dim // 2]
+    keep: Array | None = None  # int32 [batch], mean entries per head that the budget leaves this layer
     const: dict[str, Array] = struct.field(default_factory=dict)  # this layer's calibration arrays
     layer: int = struct.field(pytree_node=False, default=0)
     layers: int = struct.field(pytree_node=False, default=1)
