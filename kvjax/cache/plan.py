@@ -30,6 +30,7 @@ class LayerPlan:
     ragged: bool = False
     pages: int = 0  # Ragged: pages that this layer adds to its pool
     pool: int = 0  # index of the pool that holds the layer's entries
+    shares_pool: bool = False  # layers of this kind are compacted together, after the last
 
     @property
     def fixed_limit(self) -> bool:
@@ -58,6 +59,8 @@ class Plan:
                 "a cache needs batch >= 1, prompt >= 1 and reserve >= 0, got "
                 f"{self.batch}, {self.prompt}, {self.reserve}"
             )
+        if self.policy.compresses:
+            self.policy.allocator.check(self.shape)
 
     @functools.cached_property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -66,9 +69,10 @@ class Plan:
         for i in range(self.shape.layers):
             lp = self._layer(i)
             pool = i
-            if lp.ragged and lp.policy.allocator.scope == "model":
+            together = lp.ragged and lp.policy.allocator.scope == "model"
+            if together:
                 pool = shared = i if shared is None else shared
-            out.append(dataclasses.replace(lp, pool=pool))
+            out.append(dataclasses.replace(lp, pool=pool, shares_pool=together))
         return tuple(out)
 
     def _layer(self, i: int) -> LayerPlan:
