@@ -6,6 +6,8 @@ appends one token, attends over what is stored, and lets the policy evict. Both 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,7 +16,8 @@ from kvjax.cache import deferred, ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.read import stored_attention
 from kvjax.cache.state import KVCache, Pool, View
-from kvjax.policies.observation import Observation
+from kvjax.policies.base import Tokens
+from kvjax.policies.observation import NEG, Observation
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttendFn, AttentionInputs
 from pallas_kernels.prefill_attention import prefill_attention
@@ -153,6 +156,9 @@ class Pending:
     entries: View
     scores: Array  # f32 [batch, kv_heads, slots], protected
     obs: Observation
+    stats: Any = None  # what the allocator measured
+    counts: Array | None = None  # int32 [batch, kv_heads] when they are known already
+    limit: Array | None = None  # int32 [batch, kv_heads], with `counts`
 
 
 def _store(
@@ -164,9 +170,15 @@ def _store(
     if not policy.compresses or (fresh and not compress and not lp.fixed_limit):
         places = entries.pos.shape[2] if policy.codec.deferred else min(lp.capacity, entries.pos.shape[2])
         index = ops.all_entries(entries.pos >= 0, places)
+        if lp.shares_pool:
+            held = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
+            scores = jnp.where(entries.pos >= 0, entries.pos, NEG).astype(jnp.float32)
+            return _wait(cache, Pending(entries, scores, obs, counts=held, limit=limit))
         return _rebuild(plan, cache, obs, entries, index, limit)[0]
     assert policy.scorer is not None
-    obs = obs.replace(keep=_keep(plan, i, jnp.maximum(obs.length, cache.expected)) if compress else limit.max(1))
+    obs = obs.replace(
+        keep=_keep(plan, i, jnp.maximum(obs.length, cache.expected)) if compress else limit.max(1)
+    )
     with jax.named_scope("score"):
         state = {n: x for n, x in entries.slot_state.items() if n != "saliency"}
         scores, state = policy.scorer.score(obs, state)
@@ -174,16 +186,23 @@ def _store(
             state = {**state, "saliency": entries.slot_state["saliency"]}
         entries = entries.replace(slot_state=state)
         scores = policy.protect(scores, entries.pos, obs.length)
-    if compress and policy.allocator.scope == "model":
-        return cache.replace(pending=(*cache.pending, Pending(entries, scores, obs)))
+    if compress and lp.shares_pool:
+        with jax.named_scope("allocate"):
+            stats = policy.allocator.measure(obs, scores)
+        return _wait(cache, _shortlist(plan, Pending(entries, scores, obs, stats)))
     with jax.named_scope("allocate"):
         if compress:
-            counts = policy.allocator.counts(scores, entries.pos >= 0, obs.need("keep"), i)
+            counts = _counts(plan, obs, scores, entries.pos >= 0, jnp.maximum(obs.length, cache.expected))
             limit = _limit(plan, i, counts, obs.length)
         else:
-            limit = jnp.full_like(limit, lp.keep_capacity) if lp.fixed_limit else limit
+            # Heads of different sizes keep theirs: a common size would overflow the pool.
+            if lp.fixed_limit and (fresh or not lp.ragged):
+                limit = jnp.full_like(limit, policy.budget if lp.ragged else lp.keep_capacity)
             counts = limit
-    return _compact(plan, cache, Pending(entries, scores, obs), counts, limit)[0]
+    pending = Pending(entries, scores, obs, counts=counts, limit=limit)
+    if lp.shares_pool:
+        return _wait(cache, pending)
+    return _compact(plan, cache, pending, counts, limit)[0]
 
 
 def _keep(plan: Plan, i: int, length: Array) -> Array:
@@ -191,6 +210,44 @@ def _keep(plan: Plan, i: int, length: Array) -> Array:
     policy = plan.layers[i].policy
     keep = policy.keep_counts(length, plan.prompt)
     return policy.allocator.layer_keep(i, plan.shape.layers, keep, length)
+
+
+def _wait(cache: KVCache, pending: Pending) -> KVCache:
+    return cache.replace(pending=(*cache.pending, pending))
+
+
+def _shortlist(plan: Plan, pending: Pending) -> Pending:
+    """Only the candidates that the layer could keep at most, so that waiting layers hold no more than those."""
+    lp, slots = plan.layers[pending.obs.layer], pending.scores.shape[2]
+    policy = lp.policy
+    plain = type(policy.selection) is Tokens and not policy.reducer.merges and policy.codec.group == 1
+    if not plain or lp.keep_capacity >= slots:
+        return pending
+    entries = pending.entries
+    full = jnp.full(pending.scores.shape[:2], lp.keep_capacity)
+    index = policy.selection.select(pending.scores, entries.pos >= 0, full, lp.keep_capacity)
+    return pending.replace(
+        entries=View(
+            store={n: ops.take_slots(x, index) for n, x in entries.store.items()},
+            pos=ops.take_slots(entries.pos, index, fill=-1),
+            slot_state={n: ops.take_slots(x, index) for n, x in entries.slot_state.items()},
+        ),
+        scores=ops.take_slots(pending.scores, index, fill=-jnp.inf),
+    )
+
+
+def _counts(plan: Plan, obs: Observation, scores: Array, valid: Array, length: Array) -> Array:
+    i, layers, policy = obs.layer, plan.shape.layers, plan.layers[obs.layer].policy
+    keep = obs.need("keep")
+    stats = policy.allocator.measure(obs, scores)
+    counts = policy.allocator.layer_counts(scores, valid, keep, i, layers, length, stats)
+    return _unless_idle(obs, counts, valid)
+
+
+def _unless_idle(obs: Observation, counts: Array, valid: Array) -> Array:
+    """A row without tokens in this call has nothing to measure by: it keeps what it holds."""
+    held = jnp.sum(valid, axis=-1, dtype=jnp.int32)
+    return jnp.where((obs.tokens > 0)[:, None], counts, held)
 
 
 def _limit(plan: Plan, i: int, counts: Array, length: Array) -> Array:
@@ -243,14 +300,19 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
         pending = cache.pending
         policy, length = plan.layers[pending[0].obs.layer].policy, pending[0].obs.length
         keep = policy.keep_counts(jnp.maximum(length, cache.expected), plan.prompt)
-        with jax.named_scope("allocate"):
-            counts = policy.allocator.model_counts(
-                [p.scores for p in pending], [p.entries.pos >= 0 for p in pending], keep
-            )
+        valid = [p.entries.pos >= 0 for p in pending]
+        counts = [p.counts for p in pending]
+        limits = [p.limit for p in pending]
+        if pending[0].counts is None:
+            with jax.named_scope("allocate"):
+                total, stats = jnp.maximum(length, cache.expected), [p.stats for p in pending]
+                counts = policy.allocator.model_counts([p.scores for p in pending], valid, keep, total, stats)
+            counts = [_unless_idle(p.obs, c, v) for p, c, v in zip(pending, counts, valid)]
+            limits = [_limit(plan, p.obs.layer, c, length) for p, c in zip(pending, counts)]
         cache, pool, page = cache.replace(pending=()), None, 0
-        for p, count in zip(pending, counts):
+        for p, count, limit in zip(pending, counts, limits):
             i = p.obs.layer
-            cache, page = _compact(plan, cache, p, count, _limit(plan, i, count, length), pool, page)
+            cache, page = _compact(plan, cache, p, count, limit, pool, page)
             pool = cache.pools[plan.layers[i].pool]
     return cache.replace(length=cache.length + new, next_position=cache.next_position + new)
 

@@ -36,6 +36,7 @@ class LayerPlan:
     ragged: bool = False
     pages: int = 0  # Ragged: pages that this layer adds to its pool
     pool: int = 0  # index of the pool that holds the layer's entries
+    shares_pool: bool = False  # layers of this kind are compacted together, after the last
 
     @property
     def implied(self) -> bool:
@@ -77,6 +78,8 @@ class Plan:
                 "without a window (int8, fp8, int4 with residual=0), or a method that evicts once, after the prompt"
             )
         codec.check(self.shape)
+        if self.policy.compresses:
+            self.policy.allocator.check(self.shape)
 
     @functools.cached_property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -85,9 +88,10 @@ class Plan:
         for i in range(self.shape.layers):
             lp = self._layer(i)
             pool = i
-            if lp.ragged and lp.policy.allocator.scope == "model":
+            together = lp.ragged and lp.policy.allocator.scope == "model"
+            if together:
                 pool = shared = i if shared is None else shared
-            out.append(dataclasses.replace(lp, pool=pool))
+            out.append(dataclasses.replace(lp, pool=pool, shares_pool=together))
         return tuple(out)
 
     def _layer(self, i: int) -> LayerPlan:

@@ -67,7 +67,12 @@ class Allocator:
     ragged: ClassVar[bool] = False
     """True when heads of one layer may keep different numbers: the cache then uses the Ragged layout."""
     scope: ClassVar[str] = "layer"
-    """'layer': counts need this layer's scores only. 'model': all layers compete, compaction waits for the last."""
+    """'layer': counts need this layer's scores only. 'model': layers share one pool, compaction waits for the last."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Observation fields that `measure` uses; see `Scorer.needs`."""
+
+    def check(self, shape: ModelShape) -> None:
+        """ValueError when this allocator does not fit a model, e.g. a table of another number of layers."""
 
     def layer_keep(self, layer: int, layers: int, keep: Any, length: Any) -> Any:
         """Mean entries per head of `layer`, given the budget mean `keep` and the row length; ints or arrays."""
@@ -86,8 +91,30 @@ class Allocator:
         n = jnp.sum(valid, axis=-1, dtype=jnp.int32)
         return jnp.minimum(keep[:, None], n)
 
-    def model_counts(self, scores: Sequence[Array], valid: Sequence[Array], keep: Array) -> list[Array]:
-        """For scope 'model': counts of every layer, from the protected scores of all."""
+    def measure(self, obs: Observation, scores: Array) -> Any:
+        """Statistics of one layer that its allocation needs (a pytree), from the observation and the protected
+        scores [batch, kv_heads, slots] of all entries; None for most allocators."""
+        return None
+
+    def layer_counts(
+        self, scores: Array, valid: Array, keep: Array, layer: int, layers: int, length: Array, stats: Any
+    ) -> Array:
+        """For scope 'layer': `counts`, given the row lengths int32 [batch] and what `measure` returned as well."""
+        return self.counts(scores, valid, keep, layer)
+
+    def model_counts(
+        self,
+        scores: Sequence[Array],
+        valid: Sequence[Array],
+        keep: Array,
+        length: Array,
+        stats: Sequence[Any],
+    ) -> list[Array]:
+        """For scope 'model': counts of every layer, from the protected scores of all.
+
+        scores, valid: per layer, of the best `head_capacity` entries at least. keep int32 [batch]: the budget,
+        mean entries per KV head over all layers, which the counts must not exceed. stats: from `measure`.
+        """
         return [self.counts(s, v, keep, i) for i, (s, v) in enumerate(zip(scores, valid))]
 
 
@@ -188,7 +215,7 @@ class Policy:
     @property
     def needs(self) -> frozenset[str]:
         """Observation fields that a caller must supply."""
-        return self.scorer.needs if self.scorer is not None else frozenset()
+        return self.scorer.needs | self.allocator.needs if self.scorer is not None else frozenset()
 
     def __or__(self, other: Policy) -> Policy:
         """Compose; ValueError when both set the same part explicitly."""
@@ -230,7 +257,7 @@ class Policy:
         return length if self.budget is None else jnp.minimum(self.budget, length)
 
     def protect(self, scores: Array, pos: Array, length: Array) -> Array:
-        """Scores with sinks and recent entries lifted above all others (newest first), empty slots at NEG."""
+        """Scores with sinks and recent entries lifted to `PROTECTED` and above (newest first), empty slots at -inf."""
         newest = length[:, None, None] - self.recent
         keep = ((pos < self.sink) | (pos >= newest)) & (pos >= 0)
         order = jnp.where(pos < self.sink, 4 * PROTECTED, PROTECTED) * (

@@ -15,7 +15,10 @@ ANCHORS = ("mean", "zeros", "ones", "alternate")
     tiny=dict(scorer=snapkv(window=4, kernel=3)),
 )
 def kvcrush(
-    scorer: Policy | str | None = None, budget: Budget | None = None, share: float = 0.25, anchor: str = "mean"
+    scorer: Policy | str | None = None,
+    budget: Budget | None = None,
+    share: float = 0.25,
+    anchor: str = "mean",
 ) -> Policy:
     """A `share` of the budget goes to representatives of the entries that the scorer (snapkv) would evict.
 
