@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.cache import ops
+from kvjax.cache import deferred, ops
 from kvjax.cache.plan import Plan
+from kvjax.cache.read import stored_attention
 from kvjax.cache.state import KVCache, Pool, View
 from kvjax.policies.observation import Observation
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttendFn, AttentionInputs
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.prefill_attention import prefill_attention
 
 
@@ -31,22 +31,37 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
     def attend(x: AttentionInputs, cache: KVCache) -> tuple[Array, KVCache]:
         i = x.layer
         lp = plan.layers[i]
+        codec = lp.policy.codec
+        only_append = not (lp.policy.compresses and (compress or lp.policy.evict_decode))
+        if codec.deferred and not fresh and not only_append:
+            raise ValueError(
+                f"{lp.policy.name}: entries that {type(codec).__name__} has encoded cannot be scored against later "
+                "chunks; prefill the whole prompt at once, or use a codec of single tokens without a window"
+            )
         new = _new_entries(plan, x)
         if fresh:
             entries, k, v = new, x.k, x.v
+            pos = entries.pos
+        elif codec.deferred:
+            entries = new  # what is encoded stays where it is
+            k, v, pos = deferred.decoded(plan, cache, i, x.inv_freq)
+            k, v, pos = (jnp.concatenate(p, axis=2) for p in ((k, x.k), (v, x.v), (pos, new.pos)))
         else:
             past = ops.view(plan, cache, i)
             entries = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), past, new)
-            past_k, past_v = lp.policy.codec.decode(past.store, plan.shape.dtype)
+            past_k, past_v = codec.decode(
+                past.store, plan.shape.dtype, ops.context(plan, i, past.pos, x.inv_freq)
+            )
             k = jnp.concatenate([past_k, x.k], axis=2)
             v = jnp.concatenate([past_v, x.v], axis=2)
+            pos = entries.pos
         with jax.named_scope("prefill_attention"):
             out, lse = prefill_attention(
                 x.q,
                 k,
                 v,
                 q_positions=x.positions,
-                k_positions=x.positions if fresh else entries.pos,
+                k_positions=x.positions if fresh else pos,
                 scale=x.scale,
                 window=x.window,
                 softcap=x.softcap,
@@ -55,10 +70,13 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
                 implementation=implementation,
             )
         out = constrain(out, ("batch", "q_heads", None, None))
-        only_append = not (lp.policy.compresses and (compress or lp.policy.evict_decode))
         if only_append and not fresh:
-            return out, ops.append(plan, cache, i, x.k, x.v, x.positions)
+            return out, _append(plan, cache, x)
         obs = _observe(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
+        if codec.scorer is not None:
+            with jax.named_scope("saliency"):
+                saliency = codec.scorer.score(obs, {})[0]
+            entries = entries.replace(slot_state={**entries.slot_state, "saliency": saliency})
         return out, _store(plan, cache, obs, entries, compress=compress, fresh=fresh)
 
     return attend
@@ -71,11 +89,37 @@ def _new_entries(plan: Plan, x: AttentionInputs) -> View:
     pos = jnp.broadcast_to(x.positions[:, None], (b, h, t))
     scorer = lp.policy.scorer if lp.policy.compresses else None
     state = {} if scorer is None else scorer.slot_state()
+    codec = lp.policy.codec
     return View(
-        store=lp.policy.codec.encode(x.k, x.v),
+        store={"k": x.k, "v": x.v}
+        if codec.deferred
+        else codec.encode(x.k, x.v, ops.context(plan, x.layer, pos, x.inv_freq)),
         pos=pos,
         slot_state={n: jnp.zeros((b, h, t, *suffix), dtype) for n, (suffix, dtype) in state.items()},
     )
+
+
+def _append(plan: Plan, cache: KVCache, x: AttentionInputs) -> KVCache:
+    with jax.named_scope("append"):
+        if plan.layers[x.layer].policy.codec.deferred:
+            return deferred.append(plan, cache, x.layer, x.k, x.v, x.positions, x.inv_freq, x.q)
+        return ops.append(plan, cache, x.layer, x.k, x.v, x.positions, x.inv_freq)
+
+
+def _rebuild(
+    plan: Plan,
+    cache: KVCache,
+    obs: Observation,
+    entries: View,
+    index: Array,
+    limit: Array,
+    pool: Pool | None = None,
+    first_page: Array | int = 0,
+) -> tuple[KVCache, Array | int]:
+    i = obs.layer
+    if not plan.layers[i].policy.codec.deferred:
+        return ops.rebuild(plan, cache, i, entries, index, limit, pool, first_page)
+    return deferred.rebuild(plan, cache, i, entries, index, limit, pool, first_page, obs.inv_freq)
 
 
 def _observe(
@@ -118,11 +162,15 @@ def _store(
     i = obs.layer
     lp, policy, limit = plan.layers[i], plan.layers[i].policy, cache.layers[i].limit
     if not policy.compresses or (fresh and not compress and not lp.fixed_limit):
-        index = ops.all_entries(entries.pos >= 0, min(lp.capacity, entries.pos.shape[2]))
-        return ops.rebuild(plan, cache, i, entries, index, limit)[0]
+        places = entries.pos.shape[2] if policy.codec.deferred else min(lp.capacity, entries.pos.shape[2])
+        index = ops.all_entries(entries.pos >= 0, places)
+        return _rebuild(plan, cache, obs, entries, index, limit)[0]
     assert policy.scorer is not None
     with jax.named_scope("score"):
-        scores, state = policy.scorer.score(obs, entries.slot_state)
+        state = {n: x for n, x in entries.slot_state.items() if n != "saliency"}
+        scores, state = policy.scorer.score(obs, state)
+        if "saliency" in entries.slot_state:
+            state = {**state, "saliency": entries.slot_state["saliency"]}
         entries = entries.replace(slot_state=state)
         scores = policy.protect(scores, entries.pos, obs.length)
     if compress and policy.allocator.scope == "model":
@@ -173,13 +221,16 @@ def _compact(
         index = policy.selection.select(scores, entries.pos >= 0, counts, min(lp.keep_capacity, slots))
         if policy.reducer.merges:
             k, v = policy.reducer.reduce(obs, index, scores)
+            pos, codec = ops.take_slots(entries.pos, index, fill=-1), policy.codec
             entries = View(
-                store=policy.codec.encode(k, v),
-                pos=ops.take_slots(entries.pos, index, fill=-1),
+                store={"k": k.astype(plan.shape.dtype), "v": v.astype(plan.shape.dtype)}
+                if codec.deferred
+                else codec.encode(k, v, ops.context(plan, obs.layer, pos, obs.inv_freq)),
+                pos=pos,
                 slot_state={n: ops.take_slots(s, index) for n, s in entries.slot_state.items()},
             )
             index = jnp.where(index < slots, jnp.arange(index.shape[2]), index.shape[2])
-        return ops.rebuild(plan, cache, obs.layer, entries, index, limit, pool, first_page)
+        return _rebuild(plan, cache, obs, entries, index, limit, pool, first_page)
 
 
 def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
@@ -212,28 +263,18 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         lp = plan.layers[i]
         policy = lp.policy
         evict = policy.compresses and policy.evict_decode
-        with jax.named_scope("append"):
-            cache = ops.append(plan, cache, i, x.k, x.v, x.positions)
-        layer, pool = cache.layers[i], cache.pools[lp.pool]
+        cache = _append(plan, cache, x)
         want_mass = evict and "mass" in policy.needs
         with jax.named_scope("decode_attention"):
-            result = decode_attention(
-                x.q,
-                policy.codec.kv_store(pool.store),
-                lengths=layer.fill,
-                table=layer.table,
-                scale=x.scale,
-                softcap=x.softcap,
-                return_mass=want_mass,
-                implementation=implementation,
-            )
-        out, mass = (result.out, result.mass) if want_mass else (result, None)
+            result = stored_attention(plan, cache, x, return_mass=want_mass, implementation=implementation)
+        out, mass = result
         out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:
             return out, cache
         with jax.named_scope("evict"):
             seen = ops.view(plan, cache, i)
-            k, v = policy.codec.decode(seen.store, plan.shape.dtype)
+            ctx = ops.context(plan, i, seen.pos, x.inv_freq)
+            k, v = policy.codec.decode(seen.store, plan.shape.dtype, ctx)
             obs = _observe(plan, x, cache, k, v, seen.pos, prefilling=False)
             if mass is not None:
                 obs = obs.replace(mass=mass[..., : seen.pos.shape[2]])

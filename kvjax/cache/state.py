@@ -22,8 +22,21 @@ class Pool:
     store: dict[
         str, Array
     ]  # codec fields [batch, kv_heads, slots / per, ...] or [pages, page_size / per, ...]
-    pos: Array  # int32 [batch, kv_heads, slots] or [pages, page_size]; true position of the entry, -1 = empty
+    pos: (
+        Array | None
+    )  # int32 [batch, kv_heads, slots] or [pages, page_size]; true position of the entry, -1 = empty
+    # None (deferred codecs without eviction): slot n holds position `codec.sink` + n.
     slot_state: dict[str, Array]  # like `pos`, with a suffix per name; moves with the entry
+
+
+@struct.dataclass
+class Residual:
+    """Entries that a deferred codec holds in model dtype: first its sinks, then the newest ones in time order."""
+
+    k: Array  # [batch, kv_heads, sink + residual, head_dim]
+    v: Array  # [batch, kv_heads, sink + residual, head_dim]
+    pos: Array | None  # int32 [batch, kv_heads, sink + residual]; None when the pool has none
+    count: Array  # int32 [batch, kv_heads] valid entries, at the front
 
 
 @struct.dataclass
@@ -34,7 +47,8 @@ class Layer:
     fill: Array  # int32 [batch, kv_heads] occupied slots
     next_slot: Array  # int32 [batch, kv_heads] where the next entry goes: fill, or the slot evicted last
     limit: Array  # int32 [batch, kv_heads] most entries while decoding (policies that evict while decoding)
-    const: dict[str, Array]  # calibration arrays of this layer
+    const: dict[str, Array]  # calibration arrays of this layer's scorer
+    residual: Residual | None = None  # only with a deferred codec
 
 
 @struct.dataclass
