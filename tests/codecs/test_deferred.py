@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Layer, oracle
-
 from kvjax.arrays import nbytes
 from kvjax.cache import ops
 from kvjax.policies import parse
+from tests.codecs.harness import Layer, oracle
 
 SPECS = [
     "kivi(bits=4, group=32, residual=64)",
