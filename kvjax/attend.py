@@ -16,7 +16,7 @@ from kvjax.cache import deferred, ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.read import stored_attention
 from kvjax.cache.state import KVCache, Pool, View
-from kvjax.policies.base import Tokens
+from kvjax.policies.base import Policy, Tokens
 from kvjax.policies.observation import NEG, Observation
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttendFn, AttentionInputs
@@ -75,7 +75,7 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
             return out, _append(plan, cache, x)
-        obs = _observe(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
+        obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
         if codec.scorer is not None:
             with jax.named_scope("saliency"):
                 saliency = codec.scorer.score(obs, {})[0]
@@ -125,17 +125,20 @@ def _rebuild(
     return deferred.rebuild(plan, cache, i, entries, index, limit, pool, first_page, obs.inv_freq)
 
 
-def _observe(
+def observation(
     plan: Plan, x: AttentionInputs, cache: KVCache, k: Array, v: Array, pos: Array, *, prefilling: bool
 ) -> Observation:
-    seen = cache.length + jnp.sum(x.positions >= 0, axis=1, dtype=jnp.int32)
+    """What a policy may look at: this call's inputs, and all entries k, v, pos [batch, kv_heads, slots, ...]."""
+    new = jnp.sum(x.positions >= 0, axis=1, dtype=jnp.int32)
     return Observation(
         q=x.q,
         q_pos=x.positions,
         k=k,
         v=v,
         pos=pos,
-        length=seen,
+        length=cache.next_position + new,
+        steps=cache.length + new - cache.compressed,
+        token_ids=cache.token_ids,
         hidden=x.hidden,
         wo=x.wo,
         inv_freq=x.inv_freq,
@@ -176,24 +179,44 @@ def _store(
             return _wait(cache, Pending(entries, scores, obs, counts=held, limit=limit))
         return _rebuild(plan, cache, obs, entries, index, limit)[0]
     assert policy.scorer is not None
-    obs = obs.replace(
-        keep=_keep(plan, i, jnp.maximum(obs.length, cache.expected)) if compress else limit.max(1)
-    )
+    length = jnp.maximum(seen(cache, obs), cache.expected)
+    obs = obs.replace(keep=layer_keep(plan, i, length) if compress else limit.max(1))
     with jax.named_scope("score"):
         state = {n: x for n, x in entries.slot_state.items() if n != "saliency"}
         scores, state = policy.scorer.score(obs, state)
         if "saliency" in entries.slot_state:
             state = {**state, "saliency": entries.slot_state["saliency"]}
-        entries = entries.replace(slot_state=state)
-        scores = policy.protect(scores, entries.pos, obs.length)
+    entries = entries.replace(slot_state=state)
+    return keep_best(plan, cache, obs, entries, scores, compress=compress, fresh=fresh)
+
+
+def seen(cache: KVCache, obs: Observation) -> Array:
+    """True number of tokens seen, this call included; int32 [batch]."""
+    return obs.length + cache.length - cache.next_position
+
+
+def keep_best(
+    plan: Plan, cache: KVCache, obs: Observation, entries: View, scores: Array, *, compress: bool, fresh: bool
+) -> KVCache:
+    """Protect, allocate, select, reduce and store the scored candidates of layer `obs.layer`.
+
+    Layers that share a pool wait for `finish`.
+    """
+    i = obs.layer
+    lp, policy, limit = plan.layers[i], plan.layers[i].policy, cache.layers[i].limit
+    scores = policy.protect(scores, entries.pos, obs.length)
+    cache, scores = _share(policy, cache, i, scores)
+    length = seen(cache, obs)
+    if compress:
+        cache = cache.replace(compressed=length)
     if compress and lp.shares_pool:
         with jax.named_scope("allocate"):
             stats = policy.allocator.measure(obs, scores)
         return _wait(cache, _shortlist(plan, Pending(entries, scores, obs, stats)))
     with jax.named_scope("allocate"):
         if compress:
-            counts = _counts(plan, obs, scores, entries.pos >= 0, jnp.maximum(obs.length, cache.expected))
-            limit = _limit(plan, i, counts, obs.length)
+            counts = _counts(plan, obs, scores, entries.pos >= 0, jnp.maximum(length, cache.expected))
+            limit = _limit(plan, i, counts, length)
         else:
             # Heads of different sizes keep theirs: a common size would overflow the pool.
             if lp.fixed_limit and (fresh or not lp.ragged):
@@ -205,7 +228,19 @@ def _store(
     return _compact(plan, cache, pending, counts, limit)[0]
 
 
-def _keep(plan: Plan, i: int, length: Array) -> Array:
+def _share(policy: Policy, cache: KVCache, i: int, scores: Array) -> tuple[KVCache, Array]:
+    """Scores of the first layer of a group instead of its own, where the selection reuses them."""
+    group = policy.selection.reuse
+    if group == 1:
+        return cache, scores
+    if i % group == 0 or cache.shared is None:
+        return cache.replace(shared=scores), scores
+    if cache.shared.shape != scores.shape:
+        raise ValueError(f"{policy.name}: layers that share a choice need equal numbers of entries")
+    return cache, jnp.where(scores > -jnp.inf, cache.shared, scores)
+
+
+def layer_keep(plan: Plan, i: int, length: Array) -> Array:
     """int32 [batch]: mean entries per head of layer i for prompts of `length` tokens."""
     policy = plan.layers[i].policy
     keep = policy.keep_counts(length, plan.prompt)
@@ -253,8 +288,9 @@ def _unless_idle(obs: Observation, counts: Array, valid: Array) -> Array:
 def _limit(plan: Plan, i: int, counts: Array, length: Array) -> Array:
     """Most entries per head while decoding: what the prompt kept, or the whole budget if the prompt was short."""
     lp = plan.layers[i]
-    if not lp.fixed_limit:
-        return counts
+    room = 0 if lp.policy.room is None else lp.policy.room.slots
+    if not lp.fixed_limit or room:
+        return counts + room
     if not lp.ragged:
         return jnp.full_like(counts, lp.keep_capacity)
     return jnp.where((length >= lp.policy.budget)[:, None], counts, lp.policy.budget)
@@ -274,11 +310,19 @@ def _compact(
     lp, policy = plan.layers[obs.layer], plan.layers[obs.layer].policy
     with jax.named_scope("compact"):
         slots = entries.pos.shape[2]
+        places = lp.keep_capacity + (0 if policy.room is None else policy.room.slots)
         counts = jnp.minimum(counts, jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32))
-        index = policy.selection.select(scores, entries.pos >= 0, counts, min(lp.keep_capacity, slots))
-        if policy.reducer.merges:
-            k, v = policy.reducer.reduce(obs, index, scores)
+        index = policy.selection.select(scores, entries.pos >= 0, counts, min(places, slots))
+        if policy.reducer.merges or policy.rerotate:
+            if policy.reducer.merges:
+                k, v = policy.reducer.reduce(obs, index, scores)
+            else:
+                k, v = ops.take_slots(obs.k, index), ops.take_slots(obs.v, index)
             pos, codec = ops.take_slots(entries.pos, index, fill=-1), policy.codec
+            if policy.rerotate:
+                rank = jnp.where(pos >= 0, jnp.arange(pos.shape[2], dtype=jnp.int32), -1)
+                k, pos = obs.rotate(k, rank - pos), rank
+                cache = cache.replace(moved=jnp.max(rank, axis=(1, 2)) + 1)
             entries = View(
                 store={"k": k.astype(plan.shape.dtype), "v": v.astype(plan.shape.dtype)}
                 if codec.deferred
@@ -288,6 +332,42 @@ def _compact(
             )
             index = jnp.where(index < slots, jnp.arange(index.shape[2]), index.shape[2])
         return _rebuild(plan, cache, obs, entries, index, limit, pool, first_page)
+
+
+def _evict(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> KVCache:
+    """Bring layer `obs.layer` back to its limit: one entry per step, or a compaction every `interval` steps."""
+    i = obs.layer
+    policy, limit = plan.layers[i].policy, cache.layers[i].limit
+    if policy.room is not None:
+        limit = limit - policy.room.missing(obs.need("steps"))[:, None]
+    scorer = policy.scorer
+    assert scorer is not None
+
+    def scored() -> tuple[Array, dict[str, Array]]:
+        scores, state = scorer.score(obs, entries.slot_state)
+        return policy.protect(scores, entries.pos, obs.length), state
+
+    if policy.interval == 1 and not policy.rerotate:
+        scores, state = scored()
+        return ops.evict_one(plan, ops.write_slot_state(plan, cache, i, state), i, scores, limit)
+    fill = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
+    due = jnp.any(fill >= limit + policy.interval, axis=1)
+    moved = jnp.where(due, jnp.max(limit, axis=1), obs.length)
+    # Scores with state are due every step; others only when something leaves.
+    scores, state = scored() if entries.slot_state else (None, {})
+
+    def compact(cache: KVCache) -> KVCache:
+        ranked = scored()[0] if scores is None else scores
+        counts = jnp.where(due[:, None], limit, fill)
+        pending = Pending(entries.replace(slot_state=state), ranked, obs)
+        done = _compact(plan, cache, pending, counts, cache.layers[i].limit)[0]
+        return done.replace(moved=cache.moved)
+
+    def leave(cache: KVCache) -> KVCache:
+        return ops.write_slot_state(plan, cache, i, state)
+
+    cache = jax.lax.cond(jnp.any(due), compact, leave, cache)
+    return cache.replace(moved=moved) if policy.rerotate else cache
 
 
 def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
@@ -314,7 +394,10 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
             i = p.obs.layer
             cache, page = _compact(plan, cache, p, count, limit, pool, page)
             pool = cache.pools[plan.layers[i].pool]
-    return cache.replace(length=cache.length + new, next_position=cache.next_position + new)
+    following = cache.next_position + new if cache.moved is None else cache.moved
+    return cache.replace(
+        length=cache.length + new, next_position=following, token_ids=None, shared=None, moved=None
+    )
 
 
 def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
@@ -334,17 +417,14 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         if not evict:
             return out, cache
         with jax.named_scope("evict"):
-            seen = ops.view(plan, cache, i)
-            ctx = ops.context(plan, i, seen.pos, x.inv_freq)
-            k, v = policy.codec.decode(seen.store, plan.shape.dtype, ctx)
-            obs = _observe(plan, x, cache, k, v, seen.pos, prefilling=False)
+            entries = ops.view(plan, cache, i)
+            ctx = ops.context(plan, i, entries.pos, x.inv_freq)
+            k, v = policy.codec.decode(entries.store, plan.shape.dtype, ctx)
+            obs = observation(plan, x, cache, k, v, entries.pos, prefilling=False)
             if mass is not None:
-                obs = obs.replace(mass=mass[..., : seen.pos.shape[2]])
-            obs = obs.replace(keep=layer.limit.max(1))
-            assert policy.scorer is not None
-            scores, state = policy.scorer.score(obs, seen.slot_state)
-            cache = ops.write_slot_state(plan, cache, i, state)
-            cache = ops.evict_one(plan, cache, i, policy.protect(scores, seen.pos, obs.length))
+                obs = obs.replace(mass=mass[..., : entries.pos.shape[2]])
+            obs = obs.replace(keep=cache.layers[i].limit.max(1))
+            cache = _evict(plan, cache, obs, entries)
         return out, cache
 
     return attend

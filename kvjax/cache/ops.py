@@ -192,7 +192,7 @@ def hand_out_pages(
     Returns the layer and the first page still free.
     """
     lp, codec = plan.layers[i], plan.layers[i].policy.codec
-    room = entries + (1 if lp.policy.evict_decode else plan.reserve)
+    room = entries + (lp.policy.interval if lp.policy.evict_decode else plan.reserve)
     room = jnp.minimum(codec.encoded(room) if codec.deferred else room, lp.capacity)
     each = -(-room // plan.page(codec))  # pages per head, int32 [batch, kv_heads]
     ends = first_page + jnp.cumsum(each.reshape(-1)).reshape(each.shape)
@@ -225,8 +225,8 @@ def fit(spec: arrays.ArraySpec, x: Array) -> Array:
     return jnp.pad(x, [(0, n - m) for n, m in zip(spec.shape, x.shape)], constant_values=spec.fill)
 
 
-def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array) -> KVCache:
-    """Free the lowest-scored slot of every head of layer i that holds more than its limit.
+def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array, limit: Array) -> KVCache:
+    """Free the lowest-scored slot of every head of layer i that holds more than its `limit` [batch, kv_heads].
 
     scores f32 [batch, kv_heads, slots] over the dense view. The freed slot is where the next token goes.
     """
@@ -234,7 +234,7 @@ def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array) -> KVCache:
     pool = cache.pools[j]
     pos = view(plan, cache, i).pos
     victim = jnp.argmin(jnp.where(pos >= 0, scores, jnp.inf), axis=-1).astype(jnp.int32)
-    over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > layer.limit
+    over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > limit
     slot = jnp.where(over, victim, -1)[..., None]
     new_pos = scatter(plan, i, layer, pool.pos, slot, jnp.full(slot.shape, -1, jnp.int32))
     layer = layer.replace(next_slot=jnp.where(over, victim, layer.next_slot))

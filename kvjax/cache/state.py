@@ -73,9 +73,15 @@ class KVCache:
         Array  # int32 [batch] RoPE position of the next token; = length unless keys were re-rotated
     )
     expected: Array  # int32 [batch] length of the whole prompt while it is prefilled in chunks; 0 = unknown
+    compressed: Array  # int32 [batch] length when the prompt was last compressed
     pending: tuple[
         Any, ...
     ] = ()  # within one call: layers whose compaction waits (allocators of scope 'model')
+
+    # Within one call only, None between calls:
+    token_ids: Any = None  # int32 [batch, tokens] this call's tokens, for scorers that need them
+    shared: Any = None  # scores of the first layer of a group that reuses them
+    moved: Any = None  # int32 [batch] next position after keys were re-rotated in this call
 
     def put(self, i: int, layer: Layer, j: int, pool: Any) -> KVCache:
         """The cache with layer i and pool j replaced."""

@@ -40,7 +40,7 @@ class Scorer:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const'."""
+    """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const', 'token_ids'."""
     chunk_exact: ClassVar[bool] = False
     """True when an entry's score never changes, so that chunked prefill keeps what whole prefill keeps."""
 
@@ -126,6 +126,9 @@ class Uniform(Allocator):
 class Selection:
     """Which entries survive, given scores and counts. The default keeps the best-scored single tokens."""
 
+    reuse: int = 1
+    """Layers in a row that share the scores, and so the choice, of the first of them."""
+
     def select(self, scores: Array, valid: Array, counts: Array, capacity: int) -> Array:
         """int32 [batch, kv_heads, capacity] slot indices in time (slot) order; `slots` marks an unused place."""
         slots = scores.shape[-1]
@@ -158,6 +161,28 @@ class Drop(Reducer):
     """Losers are dropped."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Entries per head that may be added while decoding, beside those kept of the prompt (SCOPE).
+
+    slots: the most. start, every: begin with `start` and add one every `every` decode steps (0: all at once).
+    """
+
+    slots: int
+    start: int = 0
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or not 0 <= self.start <= self.slots or self.every < 0:
+            raise ValueError(f"decode room needs slots >= 1, 0 <= start <= slots and every >= 0, got {self}")
+
+    def missing(self, steps: Array) -> Array:
+        """How many of the slots are not open yet after `steps` (int32 [batch]) decode steps."""
+        if self.every == 0:
+            return jnp.zeros_like(steps)
+        return jnp.maximum(self.slots - self.start - steps // self.every, 0)
+
+
 PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement")
 
 
@@ -168,6 +193,10 @@ class Policy:
     budget: int = mean entries per KV head per layer; float in (0, 1] = fraction of the prompt; None = all.
     sink, recent: the first `sink` positions and the newest `recent` entries are always kept.
     evict_decode: evict while decoding too, so that the cache stays at the budget.
+    interval: decode steps from one eviction to the next; a head then exceeds its budget by up to `interval`.
+    room: entries that generated tokens may take beside the prompt's (needs evict_decode).
+    rerotate: rotate kept keys to the positions 0..K-1; the next token follows at K.
+    probe: tokens that are run against the uncompressed cache, observed, and not stored; see `kvjax.probe`.
     explicit: the fields that the method sets, as opposed to defaults that another part may replace.
     """
 
@@ -183,6 +212,10 @@ class Policy:
     sink: int = 0
     recent: int = 0
     evict_decode: bool = False
+    interval: int = 1
+    room: Room | None = None
+    rerotate: bool = False
+    probe: Any = None
     explicit: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -196,6 +229,17 @@ class Policy:
                 raise ValueError(f"{self.name}: budget must be at least 1 entry, got {b}")
         if min(self.sink, self.recent) < 0:
             raise ValueError(f"{self.name}: sink and recent cannot be negative")
+        if self.interval < 1:
+            raise ValueError(f"{self.name}: interval must be at least 1 step, got {self.interval}")
+        if self.interval > 1 and self.allocator.scope == "model":
+            raise ValueError(f"{self.name}: interval > 1 needs an allocator that decides layer by layer")
+        if self.rerotate and (
+            self.allocator.ragged or type(self.allocator).layer_keep is not Allocator.layer_keep
+        ):
+            raise ValueError(
+                f"{self.name}: rerotate needs the same number of entries in every layer and head, which "
+                f"{type(self.allocator).__name__} does not give; set rerotate=False or use the uniform allocator"
+            )
         if isinstance(b, int) and b < self.protected:
             raise ValueError(
                 f"{self.name}: budget={b} is below the {self.protected} entries that are always kept "
@@ -206,6 +250,11 @@ class Policy:
     def protected(self) -> int:
         """Entries per head that are always kept."""
         return self.sink + self.recent
+
+    @property
+    def spare(self) -> int:
+        """Slots per head beyond the prompt's while decoding with eviction."""
+        return self.interval + (0 if self.room is None else self.room.slots)
 
     @property
     def compresses(self) -> bool:
@@ -237,7 +286,7 @@ class Policy:
             elif field.name in PARTS:
                 value = getattr(lead, field.name)
                 merged[field.name] = value if value != field.default else getattr(follow, field.name)
-            else:  # budget, sink, recent, evict_decode belong to the method that scores
+            else:  # budget, protection and decode behaviour belong to the method that scores
                 merged[field.name] = getattr(lead, field.name)
         return Policy(**merged, explicit=self.explicit | other.explicit)
 

@@ -12,13 +12,13 @@ from kvjax.policies.scorers.windows import LazyLayer
     tiny=dict(threshold=0.4, recent=10, initial=2),
 )
 def simlayerkv(
-    threshold: float = 0.9, last: int = 1, recent: int = 1024, initial: int = 4, budget: Budget = 1.0
+    threshold: float = 0.9, last: int = 1, recent: int = 1024, initial: int = 4, cap: Budget = 1.0
 ) -> Policy:
     """Layers whose newest queries look only at the sinks and the recent tokens keep only those; others keep all.
 
     lazy = attention of the last `last` queries (mean over heads) on the first `initial` and the `recent` tokens
     > threshold, decided per row (kvpress: per batch); lazy layers keep `initial` + `recent` - `last` tokens.
-    threshold 1.0 never compresses; the paper suggests 0.9 (Llama 3), 0.8 (Mistral). budget bounds a layer's
+    threshold 1.0 never compresses; the paper suggests 0.9 (Llama 3), 0.8 (Mistral). cap bounds a layer's
     entries, and the memory that is allocated.
     """
     if recent <= last:
@@ -28,6 +28,6 @@ def simlayerkv(
     return Policy(
         scorer=LazyLayer(threshold, last, recent, initial),
         allocator=Threshold(0.0),
-        budget=budget,
+        budget=cap,
         explicit=frozenset({"scorer", "allocator"}),
     )
