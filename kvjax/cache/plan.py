@@ -122,6 +122,8 @@ class Plan:
             return LayerPlan(policy, self._slots(codec, min(keep + grow, total)), min(keep, total))
         heads, page = self.shape.kv_heads, self.page(codec)
         head = min(int(alloc.head_capacity(keep, self.prompt, heads)), total)
+        if isinstance(policy.budget, int) and policy.evict_decode:
+            head = max(head, mean)  # a row shorter than the budget grows up to it
         capacity = self._slots(codec, min(head + grow, total))
         entries = int(alloc.total_capacity(keep, self.prompt, heads))
         # Every head owns whole pages: at most one page is partly filled by the prompt, then the reserve follows.

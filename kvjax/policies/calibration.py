@@ -55,6 +55,14 @@ def load(path: str, mark: str | None = None) -> dict[str, np.ndarray]:
     return arrays
 
 
+def array(path: str, name: str) -> np.ndarray:
+    """One array of a calibration file, whatever model it belongs to; ValueError when it is missing."""
+    arrays = load(path)
+    if name not in arrays:
+        raise ValueError(f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}")
+    return arrays[name]
+
+
 def same_model(a: str, b: str) -> bool:
     """True when two fingerprints agree on every entry that both have, and share the shape entries."""
     x, y = (dict(item.partition("=")[::2] for item in s.split(",") if item) for s in (a, b))

@@ -11,10 +11,9 @@ import numpy as np
 from kvjax.policies.allocators.shares import count, protected, split_heads, spread
 from kvjax.policies.allocators.tables import check_table
 from kvjax.policies.base import Allocator, Array
+from kvjax.policies.head_scores import Table, check_file
 from kvjax.policies.observation import Observation
 from kvjax.types import ModelShape
-
-Table = tuple[tuple[float, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +27,13 @@ class HeadImportance(Allocator):
     scores: Table
     beta: float = 1.5
     temp: float = 1.0
+    file: str = ""
     ragged: ClassVar[bool] = True
     scope: ClassVar[str] = "model"
 
     def check(self, shape: ModelShape) -> None:
         """A score for every layer and KV head."""
+        check_file(self.file, shape)
         check_table("head scores", self.scores, shape)
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
@@ -65,11 +66,13 @@ class HeadRoles(Allocator):
     scores: Table
     streaming: int
     full: float | None = None
+    file: str = ""
     ragged: ClassVar[bool] = True
     scope: ClassVar[str] = "model"
 
     def check(self, shape: ModelShape) -> None:
         """A score for every layer and KV head."""
+        check_file(self.file, shape)
         check_table("head scores", self.scores, shape)
 
     @property
@@ -197,14 +200,15 @@ class Structure(Allocator):
 
     def profile(self, obs: Observation) -> tuple[Array, Array, Array, Array]:
         """(structure int32 [batch, kv_heads] 0..3, frequency, special, frequent [batch, kv_heads, slots])."""
-        seen_by = jnp.maximum(obs.length[:, None, None] - jnp.maximum(obs.pos, 0), 1)
+        first = (obs.length - obs.tokens)[:, None, None]
+        seen_by = jnp.maximum(obs.length[:, None, None] - jnp.maximum(obs.pos, first), 1)
         frequency = jnp.where(obs.valid, obs.group(obs.column_mass()) / seen_by, -1.0)
         special = obs.valid & (obs.pos < self.special)
         often = self._top(jnp.where(special, -1.0, frequency), obs)
         probs = obs.group(obs.window_probs(self.rows))
         _, q_pos = obs.last_queries(self.rows)
         n = jnp.maximum(jnp.sum(q_pos >= 0, axis=1), 1)[:, None]
-        reach = self._size(self.local, obs.length)[:, None, None, None]
+        reach = self.size(self.local, obs.length)[:, None, None, None]
         near = obs.pos[:, :, None] > q_pos[:, None, :, None] - reach
         rec = []
         for chosen in (
@@ -216,17 +220,18 @@ class Structure(Allocator):
         enough = jnp.stack([r >= self.threshold for r in rec] + [jnp.ones_like(rec[0], bool)])
         return jnp.argmax(enough, axis=0).astype(jnp.int32), frequency, special, often
 
-    def _size(self, share: float, length: Array) -> Array:
+    def size(self, share: float, length: Array) -> Array:
+        """Entries that a share of the row is: int(share * length), int32 [batch]."""
         return length * round(share * 1000) // 1000
 
     def _top(self, x: Array, obs: Observation) -> Array:
         rank = jnp.argsort(jnp.argsort(-x, axis=-1, stable=True), axis=-1)
-        return obs.valid & (rank < self._size(self.frequent, obs.length)[:, None, None]) & (x >= 0)
+        return obs.valid & (rank < self.size(self.frequent, obs.length)[:, None, None]) & (x >= 0)
 
     def measure(self, obs: Observation, scores: Array) -> Array:
         """Entries that each head's structure holds, int32 [batch, kv_heads]."""
         structure, _, special, often = self.profile(obs)
-        near = obs.valid & (obs.pos >= (obs.length - self._size(self.local, obs.length))[:, None, None])
+        near = obs.valid & (obs.pos >= (obs.length - self.size(self.local, obs.length))[:, None, None])
         sizes = jnp.stack([count(x) for x in (special, special | often, special | often | near, obs.valid)])
         return jnp.take_along_axis(sizes, structure[None], axis=0)[0]
 

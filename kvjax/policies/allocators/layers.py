@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.policies.allocators.shares import count, protected, split_layers
 from kvjax.policies.base import Allocator, Array
+from kvjax.policies.head_scores import check_file
 from kvjax.policies.observation import Observation
 
 
@@ -213,6 +214,7 @@ class LayerErrors(LayerCompetition):
 
     errors: tuple[float, ...] = ()
     floor: int = 32
+    file: str = ""
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """Three times the mean."""
@@ -220,6 +222,7 @@ class LayerErrors(LayerCompetition):
 
     def check(self, shape: Any) -> None:
         """One error a layer."""
+        check_file(self.file, shape)
         if len(self.errors) != shape.layers:
             raise ValueError(
                 f"layer_errors has {len(self.errors)} entries, the model has {shape.layers} layers"
