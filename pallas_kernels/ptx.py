@@ -187,6 +187,18 @@ def lg2(x: Reg) -> Reg:
     return asm("lg2.approx.f32 $0, $1;", "f", [x])[0]
 
 
+def half_multiply(a: Reg, b: Reg, c: Reg | None = None) -> Reg:
+    """a * b (+ c) of two f16 each."""
+    if c is None:
+        return asm("mul.f16x2 $0, $1, $2;", "r", [a, b])[0]
+    return asm("fma.rn.f16x2 $0, $1, $2, $3;", "r", [a, b, c])[0]
+
+
+def half_maximum(a: Reg, b: Reg, dtype: str) -> Reg:
+    """Larger of two f16 or bf16 each; a NaN loses."""
+    return asm(f"max.{dtype}x2 $0, $1, $2;", "r", [a, b])[0]
+
+
 def fma(a: Reg, b: Reg | float, c: Reg | float) -> Reg:
     """a * b + c in f32."""
     b, c = (x if isinstance(x, Reg) else f32(x) for x in (b, c))
@@ -368,18 +380,21 @@ def wgmma(
     args = [b_matrix]
     if a_matrix is not None:
         args.append(a_matrix)
+    # Tile after tile within a step of k: products that follow one another do not wait for one another.
+    per_tile = len(a) // count
+    order = [tile * per_tile + s for s in range(per_tile) for tile in range(count)]
+    a, b = [a[i] for i in order], [b[i] for i in order]
     register_a = [regs for regs in a if not isinstance(regs, int)]
     args += [r for regs in register_a for r in regs]
     first = total + (0 if init else total)  # operands: outputs, then tied inputs, then args
     names = itertools.count(first + (1 if a_matrix is None else 2))
     b_name, a_name = f"${first}", f"${first + 1}"
     lines = ["{", ".reg .b64 da, db;", ".reg .pred p;", "wgmma.fence.sync.aligned;"]
-    per_tile = len(a) // count
     for index, (a_op, b_off) in enumerate(zip(a, b, strict=True)):
-        tile = index // per_tile
+        tile = index % count
         regs = ", ".join(f"${i}" for i in range(tile * size, (tile + 1) * size))
         lines.append(f"add.s64 db, {b_name}, {b_off >> 4};")
-        fresh = init and index % per_tile == 0
+        fresh = init and index < count
         lines.append(f"setp.ne.b32 p, {0 if fresh else 1}, 0;")
         if isinstance(a_op, int):
             lines.append(f"add.s64 da, {a_name}, {a_op >> 4};")

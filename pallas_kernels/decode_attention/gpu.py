@@ -241,31 +241,30 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
         raw = {n: _raw(r) for n, r in scr.items() if n != "barrier"}
         _inline(step.load_queries(plan), ref["q"].at[row], raw["q_tile"], raw["p_tile"], raw["column_scales"])
         state = _inline(step.initial_state(plan), result=plan.state_registers)
-        scaled = step.scale_queries(plan)
+        if plan.packed:
+            pairs = _inline(step.query_pairs(plan), ref["q"].at[row], result=step.query_pair_registers(plan))
 
-        def scale(i):
-            stage = lax.rem(i - start, stages)
-            buffer = lax.rem(i - start, 2)
+        def scale(stage, buffer):
             plgpu.barrier_wait(scr["barrier"].at[stage])
-            _inline(scaled, ref["q"].at[row], raw["k_scale"].at[stage], raw["k_zero"].at[stage], raw["q_tile"],
-                   buffer)  # fmt: skip
+            _inline(step.scale_queries(plan), pairs, raw["k_scale"].at[stage], raw["k_zero"].at[stage],
+                    raw["q_tile"], buffer)  # fmt: skip
 
         if plan.packed:
 
             @pl.when(start < end)
             def _():
-                scale(start)
+                scale(0, 0)
 
             _inline(_sync)
 
-        def one(i, state):
-            done = i - start
-            stage, buffer = lax.rem(done, stages), lax.rem(done, 2)
+        def one(i, carry):
+            state, stage, buffer = carry
+            following = jnp.where(stage == stages - 1, 0, stage + 1)
             if plan.packed:
 
                 @pl.when(i + 1 < end)
                 def _():
-                    scale(i + 1)
+                    scale(following, 1 - buffer)
 
             else:
                 plgpu.barrier_wait(scr["barrier"].at[stage])
@@ -286,12 +285,13 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
             # Everyone has passed this step's barrier, so that the previous step's stage is free.
             @pl.when(i + stages - 1 < end)
             def _():
-                fetch(i + stages - 1, lax.rem(done + stages - 1, stages))
+                fetch(i + stages - 1, jnp.where(stage == 0, stages - 1, stage - 1))
 
-            return _inline(step.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
-                          result=plan.state_registers)  # fmt: skip
+            state = _inline(step.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
+                            result=plan.state_registers)  # fmt: skip
+            return state, following, 1 - buffer
 
-        state = lax.fori_loop(start, end, one, state)
+        state, _, _ = lax.fori_loop(start, end, one, (state, jnp.int32(0), jnp.int32(0)))
         _inline(step.write_partial(plan), state, raw["scratch"], out.at[row, split], lse.at[row, split])
 
     kernel = plgpu.kernel(

@@ -299,69 +299,93 @@ def _join_bytes(codes: list[Reg]) -> list[Reg]:
     return words
 
 
-def scale_queries(plan: Plan):
-    """Inline function (q, k_scale, k_zero, q_tile, buffer): q times the key scales of each group of the step.
+def query_pairs(plan: Plan):
+    """Inline function (q) -> the thread's part of scale * q as f16 pairs, in the order of the K fragments.
 
-    The tile's first `dim` elements of a column are q * scale in the order of the K fragments; the next 32 hold the
-    sums of q * zero over 8 channels each, as a high and a low f16 part, against codes that are all 1.
+    Thread 16 c + i of every 128 holds channels 8 i ... + 7 (+ 128) of columns c, c + 8, ...; pairs are channels
+    (0, 2), (1, 3) of every four.
     """
 
-    def body(ctx, q, k_scale, k_zero, q_tile, buffer):
+    def body(ctx, q):
         t = Thread(plan)
-        source = ptx.global_address(q)
+        source, regs = ptx.global_address(q), []
+        for start in range(0, plan.columns * plan.value_groups, 8):
+            head = ((t.index >> 4) + start) % plan.columns
+            for run in range(plan.dim // 128):
+                at = source + ptx.wide((head * plan.dim + ((t.index & 15) + 16 * run) * 8) * 2)
+                words = ptx.load(at, words=4)
+                v = [x * (plan.scale * _LOG2E) for w in words for x in ptx.unpack_half(w, plan.dtype)]
+                regs += [ptx.pack_half(v[i], v[i + 2], "f16") for i in (0, 1, 4, 5)]
+        return ptx.as_array([ptx.bits_to_float(x) for x in regs])
+
+    return body
+
+
+def query_pair_registers(plan: Plan) -> int:
+    """Registers that `query_pairs` returns."""
+    return -(-plan.columns * plan.value_groups // 8) * plan.dim // 128 * 4
+
+
+def scale_queries(plan: Plan):
+    """Inline function (pairs, k_scale, k_zero, q_tile, buffer): q times the key scales of each group of the step.
+
+    The tile's first `dim` elements of a column are q * scale in the order of the K fragments; the next dim / 4
+    hold the sums of q * zero over 4 channels each, against codes that are all 1.
+    """
+
+    def body(ctx, pairs, k_scale, k_zero, q_tile, buffer):
+        t = Thread(plan)
         row = -(-plan.q_dim * 2 // 128) * 128
         one = plan.n_scores * row
         base = ptx.smem_address(q_tile) + ptx.scalar(buffer) * (one * plan.key_groups)
         scales, zeros = ptx.smem_address(k_scale), ptx.smem_address(k_zero)
         size = 4 if plan.meta == "f32" else 2
-        used = plan.columns * plan.value_groups
-        quarter = plan.dim // 4
-        place = t.index & 15
-        for start in range(0, used, 8):
-            column = (t.index >> 4) + start
+        used, quarter, place = plan.columns * plan.value_groups, plan.dim // 4, t.index & 15
+        q_words = [ptx.as_bits(x) for x in ptx.registers(pairs)]
+        for group in range(plan.key_groups):
+            for run in range(plan.dim // 128):
+                first = (place + 16 * run) * 8
+                at = (first + group * plan.dim) * size
+                s, z = _meta_pairs(plan, scales + at), _meta_pairs(plan, zeros + at)
+                for start in range(0, used, 8):
+                    column = (t.index >> 4) + start
+                    index = (start // 8 * (plan.dim // 128) + run) * 4
+                    q4 = q_words[index : index + 4]
 
-            def write(column=column):
-                head = column % plan.columns
-                for run in range(plan.dim // 128):
-                    first = (place + 16 * run) * 8
-                    words = ptx.load(source + ptx.wide((head * plan.dim + first) * 2), words=4)
-                    q8 = [v * (plan.scale * _LOG2E) for w in words for v in ptx.unpack_half(w, plan.dtype)]
-                    for group in range(plan.key_groups):
-                        at = (first + group * plan.dim) * size
-                        s8, z8 = _load_meta(plan, scales + at, 8), _load_meta(plan, zeros + at, 8)
+                    def write(group=group, run=run, first=first, column=column, q4=q4, s=s, z=z):
                         tile = base + group * one
-                        for half in range(2):
-                            # Channels of a K word: 4 consecutive ones, pairs (0, 2) and (1, 3); see `_key_fragments`.
-                            channel = first + 4 * half
-                            step, quad = (channel % quarter) >> 2, channel // quarter
-                            v = [a * b for a, b in zip(q8[4 * half :], s8[4 * half : 4 * half + 4])]
-                            for c in range(2):
-                                element = step * 16 + quad * 2 + 8 * c
-                                to = tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
-                                ptx.store(to, ptx.pack_half(v[c], v[c + 2], "f16"))
-                        total = q8[0] * z8[0]
-                        for a, b in zip(q8[1:], z8[1:]):
-                            total = ptx.fma(a, b, total)
-                        high = ptx.pack_half(total, f32(0.0), "f16")
-                        low = ptx.pack_half(total - ptx.unpack_half(high, "f16")[0], f32(0.0), "f16")
-                        for part, value in ((0, high), (1, low)):
-                            element = place + (plan.dim + 16 * run + 32 * part if plan.dim == 256 else
-                                               plan.dim + 16 * part)  # fmt: skip
+                        total = None
+                        for i in range(4):
+                            # A K word holds 4 channels, pairs (0, 2) and (1, 3); see `_key_fragments`.
+                            start = first + 4 * (i // 2)
+                            step, quad = (start % quarter) >> 2, start // quarter
+                            element = step * 16 + quad * 2 + 8 * (i % 2)
                             to = tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
-                            ptx.store(to, value, 2)
-                return []
+                            ptx.store(to, ptx.half_multiply(q4[i], s[i]))
+                            total = ptx.half_multiply(q4[i], z[i], total)
+                        element = place * 2 + (plan.dim + 32 * run)
+                        to = tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
+                        ptx.store(to, total)
+                        return []
 
-            ptx.if_(column < used, write)
+                    if used % 8:
+                        ptx.if_(column < used, write)
+                    else:
+                        write()
 
     return body
 
 
-def _load_meta(plan: Plan, address: Reg, count: int) -> list[Reg]:
-    """Consecutive scales as f32."""
+def _meta_pairs(plan: Plan, address: Reg) -> list[Reg]:
+    """8 consecutive scales as f16 pairs (0, 2), (1, 3), (4, 6), (5, 7)."""
+    if plan.meta == "f16":
+        w = ptx.load(address, words=4)
+        return [ptx.prmt(w[i], w[i + 1], sel) for i in (0, 2) for sel in (0x5410, 0x7632)]
     if plan.meta == "f32":
-        return [ptx.bits_to_float(w) for i in range(0, count, 4) for w in ptx.load(address + 4 * i, words=4)]
-    words = [w for i in range(0, count // 2, 4) for w in ptx.load(address + 4 * i, words=min(4, count // 2))]
-    return [v for w in words for v in ptx.unpack_half(w, plan.meta)]
+        v = [ptx.bits_to_float(w) for i in (0, 16) for w in ptx.load(address + i, words=4)]
+    else:
+        v = [x for w in ptx.load(address, words=4) for x in ptx.unpack_half(w, plan.meta)]
+    return [ptx.pack_half(v[i], v[i + 2], "f16") for i in (0, 1, 4, 5)]
 
 
 def _load_one_meta(plan: Plan, address: Reg) -> Reg:
@@ -398,23 +422,27 @@ def _key_fragments(plan: Plan, t: Thread, k_tile: Reg) -> list[list[list[Reg]]]:
 
 
 def _scores(plan: Plan, t: Thread, k_tile: Reg, q_tile: Reg, scales) -> list[list[list[Reg]]]:
-    """Scaled logits in powers of two: [tile][e][logical column]; `scales(tile, e)` are the 8-bit key scales."""
+    """[tile][e][logical column] -> (x, factor): logits in powers of two are x * factor.
+
+    `scales(tile, e)` gives the 8-bit scales: of the slot's key and of every column.
+    """
     n, steps = plan.n_scores, plan.dim * plan.q_bytes // 32
     row = -(-plan.q_dim * plan.q_bytes // 128) * 128
     b_matrix = ptx.matrix(q_tile, rows_apart=row * 8)
     in_row = [(s // 4) * 1024 + (s % 4) * 32 for s in range(row // 32)]
     if plan.packed:
         fragments = _key_fragments(plan, t, k_tile)
-        extra = (plan.dim // 8 * 2) // 16
-        raw = []
+        extra = plan.dim // 64
+        a, b = [], []
         for tile in range(plan.tiles):
             # "Codes" of 1 for the zero points, with the same powers of two as the slots of each row have.
             field = 2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0
             ones = [ptx.i32((1 << (plan.packed * (field + e))) * 0x10001) for e in range(2)]
             group = tile * 64 // plan.group
-            b = [group * n * row + in_row[s] for s in range(steps + extra)]
-            a = fragments[tile] + [[*ones, *ones]] * extra
-            raw += ptx.wgmma([[]], a, b, b_matrix=b_matrix, n=n, types=("f32", "f16", "f16"), init=True)
+            b += [group * n * row + in_row[s] for s in range(steps + extra)]
+            a += fragments[tile] + [[*ones, *ones]] * extra
+        types = ("f32", "f16", "f16")
+        raw = ptx.wgmma([[] for _ in range(plan.tiles)], a, b, b_matrix=b_matrix, n=n, types=types, init=True)
     else:
         a_matrix = ptx.matrix(k_tile, rows_apart=plan.k_row * 8)
         offsets = [tile * 8 * plan.k_row * 8 + in_row[s] for tile in range(plan.tiles) for s in range(steps)]
@@ -433,19 +461,18 @@ def _scores(plan: Plan, t: Thread, k_tile: Reg, q_tile: Reg, scales) -> list[lis
             pairs = [(raw[tile][4 * nt + 2 * e], raw[tile][4 * nt + 2 * e + 1]) for nt in range(n // 8)]
             if plan.packed:
                 field = 2 * (tile % (4 // plan.packed)) + e if plan.packed == 2 else e
-                by = 2.0 ** (24 - plan.packed * field)
-                values = [x * by for pair in pairs for x in pair]
+                values = [(x, 2.0 ** (24 - plan.packed * field)) for pair in pairs for x in pair]
             elif plan.split:
                 key, column = scales(tile, e)
                 if plan.fmt == "int8":
                     joined = [ptx.to_float((high << 8) + low) for high, low in pairs]
                 else:
                     joined = [ptx.fma(low, 1.0 / _SPLIT, high) for high, low in pairs]
-                values = [x * (key * c) for x, c in zip(joined, column)]
+                values = [(x, key * c) for x, c in zip(joined, column)]
             else:
-                values = [x * (plan.scale * _LOG2E) for pair in pairs for x in pair]
+                values = [(x, plan.scale * _LOG2E) for pair in pairs for x in pair]
             if plan.softcap is not None:
-                values = [_cap(v, plan.softcap * _LOG2E) for v in values]
+                values = [(_cap(x * by, plan.softcap * _LOG2E), 1.0) for x, by in values]
             rows.append(values)
         out.append(rows)
     return out
@@ -475,55 +502,61 @@ def attend_keys(plan: Plan):
         address = {name: ptx.address(ref) for name, ref in refs.items() if ref is not None}
         size = 4 if plan.meta == "f32" else 2
 
+        column_scales = []
+        if plan.split:
+            places = [address["column_scales"] + t.column(j) * 4 for j in range(plan.logical)]
+            column_scales = [ptx.bits_to_float(ptx.load(at)[0]) for at in places]
+
         def key_scales(tile, e):
-            key = _load_one_meta(plan, address["k_scale"] + t.slot(tile, e) * size)
-            columns = [ptx.bits_to_float(ptx.load(address["column_scales"] + t.column(j) * 4)[0])
-                       for j in range(plan.logical)]  # fmt: skip
-            return key, columns
+            return _load_one_meta(plan, address["k_scale"] + t.slot(tile, e) * size), column_scales
 
         q_tile = address["q_tile"]
         if plan.packed:
             one = plan.n_scores * -(-plan.q_dim * 2 // 128) * 128
             q_tile = q_tile + buffer * (one * plan.key_groups)
         s = _scores(plan, t, address["k"], q_tile, key_scales)
-        weights, offsets = {}, {}
+        weights, offsets, sees = {}, {}, {}
         tokens = [t.column(j) % plan.columns % plan.tokens for j in range(plan.logical)]
+        factor = _P_SCALE[plan.p_type]
         for tile in range(plan.tiles):
             for e in range(2):
                 local = t.slot(tile, e)
                 slot = first + local
                 live = slot < length
-                s[tile][e] = _mask(plan, s[tile][e], slot, live, local, total, tokens, address)
+                sees[tile, e] = _visible(plan, slot, live, local, total, tokens, address)
                 if plan.fmt == "half":
                     continue
+                # Codes come out of V times 2 ** (bits field); P takes that back.
+                field = (2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0) + e
+                by = factor * 2.0 ** -(plan.packed * field)
                 for j in range(plan.logical):
-                    value_group = t.column(j) // plan.columns if plan.packed else ptx.i32(0)
-                    if plan.packed:
-                        value_group = ptx.select(value_group < plan.value_groups, value_group, 0)
-                    at = (value_group * plan.block + local) * size
                     key = (tile, e, j)
-                    if j and not plan.packed:
-                        weights[key] = weights[tile, e, 0]
-                        continue
-                    if j % 2 and plan.packed and plan.columns % 2 == 0:
+                    if j and (not plan.packed or (j % 2 and plan.columns % 2 == 0)):
                         weights[key], offsets[key] = weights[tile, e, j - 1], offsets[tile, e, j - 1]
                         continue
-                    weights[key] = ptx.select(live, _load_one_meta(plan, address["v_scale"] + at), 0.0)
+                    at = local * size
+                    if plan.packed:
+                        value_group = t.column(j) // plan.columns
+                        value_group = ptx.select(value_group < plan.value_groups, value_group, 0)
+                        at = (value_group * plan.block + local) * size
+                    scale = _load_one_meta(plan, address["v_scale"] + at)
+                    weights[key], offsets[key] = ptx.select(live, scale * by, 0.0), None
                     if plan.packed:
                         offsets[key] = ptx.select(live, _load_one_meta(plan, address["v_zero"] + at), 0.0)
         if plan.logits:
-            _write_logits(plan, t, s, first, length, address["logits"])
+            _write_logits(plan, t, s, sees, first, length, address["logits"])
         p_tile = address["p_tile"] + buffer * (plan.n_values * -(-plan.block * 2 // 128) * 128)
         keys = [(tile, e, j) for tile in range(plan.tiles) for e in range(2) for j in range(plan.logical)]
 
         def probabilities(reference):
             """Write P for this reference; (largest P, sum of p, sum of p * zero) of the thread's columns."""
-            p = {(a, e, j): ptx.ex2(s[a][e][j] - reference[j]) for a, e, j in keys}
-            weighted = {k: p[k] * weights[k] for k in keys} if weights else p
-            _write_probabilities(plan, t, p_tile, weighted)
-            largest = weighted[keys[0]]
-            for k in keys[1:]:
-                largest = ptx.maximum(largest, weighted[k])
+            minus = [f32(0.0) - x for x in reference]
+            p = {}
+            for a, e, j in keys:
+                x, by = s[a][e][j]
+                p[a, e, j] = ptx.ex2(ptx.select(sees[a, e][j], ptx.fma(x, by, minus[j]), -math.inf))
+            scaled = {k: p[k] * weights[k] if weights else p[k] * factor if factor != 1.0 else p[k] for k in keys}
+            largest = _write_probabilities(plan, t, p_tile, scaled)
             part, zero_part = [], []
             for j in range(plan.logical):
                 mine = [k for k in keys if k[2] == j]
@@ -539,16 +572,17 @@ def attend_keys(plan: Plan):
         if plan.fmt == "half" or plan.fmt.startswith("fp8"):
             ptx.if_(first + plan.block > length, lambda: _blank_values(plan, t, address["v"], length - first) or [])
         ptx.fence_async()
-        moved = ptx.barrier_any(largest > 2.0**_HEADROOM)
+        moved = ptx.barrier_any(largest > factor * 2.0**_HEADROOM)
 
         def move():
             peak = []
             for j in range(plan.logical):
                 best = reference[j]
                 for k in (k for k in keys if k[2] == j):
-                    value = s[k[0]][k[1]][j]
+                    x, by = s[k[0]][k[1]][j]
+                    value = ptx.select(sees[k[0], k[1]][j], x * by, -math.inf)
                     if weights:
-                        value = value + ptx.lg2(weights[k])
+                        value = value + (ptx.lg2(weights[k]) - math.log2(factor))
                     best = ptx.maximum(best, value)
                 peak.append(best)
             peak = _reduce(plan, t, peak, address["scratch"], ptx.maximum)
@@ -585,17 +619,16 @@ def _sum(values: list[Reg]) -> Reg:
     return total
 
 
-def _mask(plan, values, slot, live, local, total, tokens, address):
-    """-inf for the columns that do not see the slot."""
-    minus = f32(-math.inf)
+def _visible(plan, slot, live, local, total, tokens, address) -> list:
+    """Per logical column, whether it sees the slot."""
     if not plan.causal and not plan.tree and not plan.positions:
-        return [ptx.select(live, v, minus) for v in values]
+        return [live] * plan.logical
     position = slot
     if plan.positions:
         position = ptx.load(address["positions"] + local * 4)[0]
         live = ptx.both(live, position >= 0)
     out = []
-    for v, token in zip(values, tokens):
+    for token in tokens:
         sees = live
         if plan.causal:
             query = ptx.load(address["q_positions"] + ptx.wide(token * 4))[0]
@@ -608,14 +641,13 @@ def _mask(plan, values, slot, live, local, total, tokens, address):
         if plan.tree:
             bits = ptx.load(address["tree"] + ptx.wide(token * 4))[0]
             new = slot - (total - plan.tree)
-            inside = new >= 0
-            bit = ((bits >> ptx.select(inside, new, 0)) & 1).equals(1)
+            bit = ((bits >> ptx.select(new >= 0, new, 0)) & 1).equals(1)
             sees = ptx.both(sees, ptx.either(bit, new < 0))
-        out.append(ptx.select(sees, v, minus))
+        out.append(sees)
     return out
 
 
-def _write_logits(plan, t, s, first, length, logits) -> None:
+def _write_logits(plan, t, s, sees, first, length, logits) -> None:
     """Scaled logits (powers of two) [columns, slots] of the first copy of every column."""
     for tile in range(plan.tiles):
         for e in range(2):
@@ -624,30 +656,29 @@ def _write_logits(plan, t, s, first, length, logits) -> None:
                 column = t.column(j)
                 at = logits + ptx.wide((column * plan.logits + slot) * 4)
                 live = ptx.both(column < plan.columns, slot < length)
-                ptx.if_(live, lambda at=at, v=s[tile][e][j]: ptx.store(at, v) or [])
+                x, by = s[tile][e][j]
+                value = ptx.select(sees[tile, e][j], x * by, -math.inf)
+                ptx.if_(live, lambda at=at, v=value: ptx.store(at, v) or [])
 
 
-def _write_probabilities(plan: Plan, t: Thread, p_tile: Reg, p: dict) -> None:
-    """P into its tile [columns, block], in the order of contraction of the format."""
-    row = -(-plan.block * 2 // 128) * 128
-    kind, factor = plan.p_type, _P_SCALE[plan.p_type]
+def _write_probabilities(plan: Plan, t: Thread, p_tile: Reg, p: dict) -> Reg:
+    """P into its tile [columns, block], in the order of contraction of the format; returns the largest P."""
+    row, kind, largest = -(-plan.block * 2 // 128) * 128, plan.p_type, None
     for tile in range(plan.tiles):
         for j in range(plan.logical):
-            low, high = p[tile, 0, j] * factor, p[tile, 1, j] * factor
+            word = ptx.pack_half(p[tile, 0, j], p[tile, 1, j], kind)
+            largest = word if largest is None else ptx.half_maximum(largest, word, kind)
             column = t.value_column(j)
             if plan.fmt == "half":
-                word = ptx.pack_half(low, high, kind)
                 for e in range(2):
                     element = t.slot(tile, e)
                     to = p_tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
                     ptx.store(to, word if e == 0 else word >> 16, 2)
                 continue
             element = t.warp * 16 + (t.row & 1) * 8 + (t.row >> 1) * 2 + 64 * tile
-            if plan.packed:
-                field = 2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0
-                low, high = low * 2.0 ** -(plan.packed * field), high * 2.0 ** -(plan.packed * (field + 1))
             to = p_tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
-            ptx.store(to, ptx.pack_half(low, high, kind))
+            ptx.store(to, word)
+    return ptx.maximum(*ptx.unpack_half(largest, kind))
 
 
 def _blank_values(plan: Plan, t: Thread, v_tile: Reg, valid: Reg) -> None:
@@ -700,8 +731,7 @@ def attend_values(plan: Plan):
             acc = ptx.wgmma(acc, a, b * channel_tiles, b_matrix=b_matrix, a_matrix=a_matrix, n=n, types=types,
                             init=False, a_transposed=True)  # fmt: skip
         else:
-            # Half of the block at a time bounds the registers that hold V.
-            per = max(1, min(steps, 4))
+            per = min(steps, 8 if plan.dim == 128 else 4)  # bounds the registers that hold V
             for start in range(0, steps, per):
                 fragments = _value_fragments(plan, t, v_tile, range(start, start + per))
                 a = [regs for tile in fragments for regs in tile]
@@ -721,11 +751,15 @@ def channel(t: Thread, tile: int, e: int) -> Reg:
 
 def _value_fragments(plan: Plan, t: Thread, v_tile: Reg, steps) -> list[list[list[Reg]]]:
     """V^T in registers: [channel tile][step of the contraction] -> 4 registers."""
-    out = [[] for _ in range(plan.dim // 64)]
+    out, seen = [[] for _ in range(plan.dim // 64)], {}
 
-    def word(row: Reg, half: int) -> Reg:
-        at = t.warp * 32 + t.row * 4 + 128 * half  # first of 4 channels
-        return ptx.load(v_tile + tile_offset(row, at >> 4, plan.k_row) + (at & 15))[0]
+    def word(row: int, half: int) -> Reg:
+        """4 channels of row 2 quad + `row`."""
+        at = t.warp * 32 + t.row * 4 + 128 * half
+        if (row, half) not in seen:
+            to = v_tile + tile_offset(t.quad * 2 + row, at >> 4, plan.k_row) + (at & 15)
+            seen[row, half] = ptx.load(to)[0]
+        return seen[row, half]
 
     for half in range(plan.dim // 128):
         for s in steps:
@@ -746,7 +780,7 @@ def _packed_step(plan, t, word, half, s):
     masks = [((1 << bits) - 1) << (bits * (2 * tile + e)) for e in range(2)]
     regs = [[] for _ in range(4)]
     for c in range(2):
-        w = word(t.quad * 2 + (c + 8 * s4 + 32 * block), half)
+        w = word(c + 8 * s4 + 32 * block, half)
         for byte in range(4):
             regs[byte].append(ptx.prmt(w, 0, 0x4040 | byte << 8 | byte) & (masks[0] | masks[1] << 16))
     return regs
@@ -756,7 +790,7 @@ def _eight_bit_step(plan, t, word, half, s):
     """8-bit codes as f16, exact: [byte][c]; 16 slots a step. e4m3 comes out times 2**-8."""
     regs = [[] for _ in range(4)]
     for c in range(2):
-        a, b = (word(t.quad * 2 + (16 * s + c + 8 * e), half) for e in range(2))
+        a, b = (word(16 * s + c + 8 * e, half) for e in range(2))
         if plan.fmt == "int8":
             a, b = a ^ 0x80808080, b ^ 0x80808080
         for byte in range(4):
