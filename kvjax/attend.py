@@ -293,7 +293,8 @@ def _limit(plan: Plan, i: int, counts: Array, length: Array) -> Array:
         return counts + room
     if not lp.ragged:
         return jnp.full_like(counts, lp.keep_capacity)
-    return jnp.where((length >= lp.policy.budget)[:, None], counts, lp.policy.budget)
+    budget = jnp.asarray(lp.policy.budget, jnp.int32)
+    return jnp.where((length >= budget)[:, None], counts, budget)
 
 
 def _compact(
