@@ -87,7 +87,7 @@ class Pair(Codec):
     def encode(self, k: Array, v: Array, ctx: Context = NO_CONTEXT) -> Store:
         """See the class."""
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-        if self.pre_rope and k.shape[2]:
+        if self.pre_rope and ctx.inv_freq is not None:
             k = transforms.rope(k, ctx.pos, ctx.inv_freq, inverse=True)
         keys = self.k.encode(k, enter(ctx, "k_"))
         return _prefixed("k_", keys) | _prefixed("v_", self.v.encode(v, enter(ctx, "v_")))
@@ -97,7 +97,7 @@ class Pair(Codec):
         dim = ctx.head_dim
         k = self.k.decode(_strip("k_", store), dim, enter(ctx, "k_"))
         v = self.v.decode(_strip("v_", store), dim, enter(ctx, "v_"))
-        if self.pre_rope:
+        if self.pre_rope and ctx.inv_freq is not None:
             k = transforms.rope(k, ctx.pos, ctx.inv_freq)
         return k.astype(dtype), v.astype(dtype)
 
