@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models import config as config_lib
 from models.config import ModelConfig, MoeConfig
@@ -104,8 +105,15 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     first, last = params.layers[0], params.layers[-1]
     for sample in (params.embedding[:8, :32], first.qkv[:8, 0, 0], last.wo[0, :8], params.final_norm):
-        digest.update(np.asarray(sample.astype(jnp.bfloat16)).tobytes())
+        digest.update(_on_host(sample.astype(jnp.bfloat16)).tobytes())
     return digest.hexdigest()[:12]
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array, also where other processes hold a part of it."""
+    if isinstance(array.sharding, NamedSharding):
+        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    return np.asarray(array)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+CONTEXT = 8  # prompt tokens decoded along with the first new one
 REPLACEMENT = "\ufffd"  # what a decoder prints for an unfinished UTF-8 sequence
 
 
@@ -83,11 +85,12 @@ class StreamDecoder:
     growing text; text that ends in an unfinished byte sequence is held back until more arrives.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: ids that came before, so that a first token that begins with a space keeps it."""
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids: list[int] = list(prompt[-CONTEXT:])
         self._start = 0  # first id that is decoded again: keeps the work per token constant
-        self._shown = 0  # ids whose text was returned
+        self._shown = len(self._ids)  # ids whose text was returned
 
     def push(self, token: int) -> str:
         """The text that `token` completes, maybe empty."""

@@ -71,7 +71,9 @@ def presses(ratio: float) -> dict:
             SnapKVPress(ratio, window_size=8, kernel_size=5), chunk_length=6, low_entropy_chunk_length=3
         ),
         "block_keydiff": BlockPress(KeyDiffPress(ratio), block_size=8),
-        "simlayerkv": SimLayerKVPress(lazy_threshold=0.6, n_last=1, n_recent=int(24 / ratio) // 4, n_initial=4),
+        "simlayerkv": SimLayerKVPress(
+            lazy_threshold=0.6, n_last=1, n_recent=int(24 / ratio) // 4, n_initial=4
+        ),
         "rerotated_knorm": KeyRerotationPress(KnormPress(ratio)),
         "finch": finch(ratio, True),
         "finch_plain": finch(ratio, False),

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import arrays
-from kvjax.cache.plan import LEAD, Plan
+from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Layer, Pool, View
+from kvjax.codecs.base import Context, Field
 from kvjax.sharding import constrain
 
 Array = jax.Array
+ONE_EACH = Field((), "")  # how positions and slot states are laid out: one entry a slot
 
 
 def empty(plan: Plan) -> KVCache:
@@ -26,6 +28,13 @@ def empty(plan: Plan) -> KVCache:
             layer = layer.replace(const=const)
         layers.append(layer)
     return cache.replace(layers=tuple(layers))
+
+
+def context(plan: Plan, i: int, pos: Array, inv_freq: Array | None, saliency: Array | None = None) -> Context:
+    """What layer i's codec may look at for slots at positions `pos` int32 [batch, kv_heads, n]."""
+    const = plan.layers[i].policy.codec.constants(i, plan.shape)
+    arrays_of = {n: jnp.asarray(x) for n, x in const.items()}
+    return Context(pos, inv_freq, saliency, arrays_of, plan.shape.head_dim)
 
 
 def take_slots(x: Array, index: Array, fill: float = 0) -> Array:
@@ -42,41 +51,63 @@ def view(plan: Plan, cache: KVCache, i: int) -> View:
     pool = cache.pools[lp.pool]
     if layer.table is None:
         return View(store=pool.store, pos=pool.pos, slot_state=pool.slot_state)
-    b, h, width = layer.table.shape
+    _b, _h, width = layer.table.shape
 
-    def gather(x: Array, slots: int) -> Array:
+    def gather(x: Array, slots: int, before: int = 0) -> Array:
         # Unassigned pages read page 0; their slots are masked below.
-        pages = jnp.take(x, jnp.maximum(layer.table, 0), axis=0)  # [b, h, width, page / per, ...]
-        return pages.reshape(b, h, width * x.shape[1], *x.shape[2:])[:, :, :slots]
+        pages = jnp.take(x, jnp.maximum(layer.table, 0), axis=0)  # [b, h, width, before, page / per, ...]
+        pages = jnp.moveaxis(pages, 2, 2 + before)
+        lead = pages.shape[: 2 + before]
+        pages = pages.reshape(*lead, width * pages.shape[3 + before], *pages.shape[4 + before :])
+        return jax.lax.slice_in_dim(pages, 0, slots, axis=2 + before)
 
-    owned = jnp.repeat(layer.table >= 0, plan.page_size, axis=2)[:, :, : lp.capacity]
+    owned = jnp.repeat(layer.table >= 0, plan.page(lp.policy.codec), axis=2)[:, :, : lp.capacity]
     used = owned & (jnp.arange(lp.capacity) < layer.fill[..., None])
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     return View(
-        store={n: gather(x, lp.capacity // fields[n].per) for n, x in pool.store.items()},
+        store={
+            n: gather(x, lp.capacity // fields[n].per, len(fields[n].before)) for n, x in pool.store.items()
+        },
         pos=jnp.where(used, gather(pool.pos, lp.capacity), -1),
         slot_state={n: gather(x, lp.capacity) for n, x in pool.slot_state.items()},
     )
 
 
-def _scatter(plan: Plan, layer: Layer, array: Array, slots: Array, values: Array, per: int = 1) -> Array:
-    """Write values [batch, heads, n, ...] at slots [batch, heads, n] (in units of `per` slots); -1 is dropped."""
-    values = values.astype(array.dtype)
+def scatter(
+    plan: Plan, i: int, layer: Layer, array: Array, slots: Array, values: Array, field: Field = ONE_EACH
+) -> Array:
+    """Write values [batch, kv_heads, before, n / per, ...] of layer i at slots int32 [batch, kv_heads, n].
+
+    `field` says what surrounds the slot axis and how many slots share an entry; -1 is dropped.
+    """
+    values, inner = values.astype(array.dtype), len(field.before)
+    slots = slots[:, :, :: field.per] // field.per
     if layer.table is None:
-        slots = jnp.where(slots < 0, array.shape[2], slots)
-        return jax.vmap(jax.vmap(lambda a, s, x: a.at[s].set(x, mode="drop")))(array, slots, values)
-    page = plan.page_size // per
+        slots = jnp.where(slots < 0, array.shape[2 + inner], slots)
+
+        def put(a: Array, s: Array, x: Array) -> Array:
+            return a.at[s].set(x, mode="drop")
+
+        for _ in range(inner):
+            put = jax.vmap(put, in_axes=(0, None, 0))
+        return jax.vmap(jax.vmap(put))(array, slots, values)
+    page = plan.page(plan.layers[i].policy.codec) // field.per
     number = slots // page
     page_id = jnp.take_along_axis(layer.table, jnp.clip(number, 0, layer.table.shape[2] - 1), axis=2)
     bad = (slots < 0) | (number >= layer.table.shape[2]) | (page_id < 0)
     page_id = jnp.where(bad, array.shape[0], page_id)
-    return array.at[page_id, slots % page].set(values, mode="drop")
+    where = (page_id, *(slice(None),) * inner, slots % page)
+    # Index arrays on both sides of a slice put the slots before the axes in between.
+    return array.at[where].set(jnp.moveaxis(values, 2 + inner, 2), mode="drop")
 
 
-def append(plan: Plan, cache: KVCache, i: int, k: Array, v: Array, positions: Array) -> KVCache:
+def append(
+    plan: Plan, cache: KVCache, i: int, k: Array, v: Array, positions: Array, inv_freq: Array | None = None
+) -> KVCache:
     """Store new tokens. k, v [batch, kv_heads, tokens, head_dim]; positions int32 [batch, tokens], -1 = padding.
 
-    One token goes to `next_slot` (a reused slot after an eviction); several go to fill, fill+1, ...
+    One token goes to `next_slot` (a reused slot after an eviction); several go to fill, fill+1, ... Codecs that
+    are deferred: `kvjax.cache.deferred.append`.
     """
     layer, j = cache.layers[i], plan.layers[i].pool
     pool = cache.pools[j]
@@ -85,18 +116,18 @@ def append(plan: Plan, cache: KVCache, i: int, k: Array, v: Array, positions: Ar
     rank = jnp.cumsum(new, axis=-1) - 1
     start = layer.next_slot if t == 1 else layer.fill
     slots = jnp.broadcast_to(jnp.where(new, start[..., None] + rank, -1), (b, h, t))
-    store = dict(pool.store)
-    for name, value in plan.layers[i].policy.codec.encode(k, v).items():
-        store[name] = _scatter(plan, layer, store[name], slots, value)
-    pos = _scatter(plan, layer, pool.pos, slots, jnp.broadcast_to(positions[:, None], (b, h, t)))
+    store, every = dict(pool.store), jnp.broadcast_to(positions[:, None], (b, h, t))
+    for name, value in plan.layers[i].policy.codec.encode(k, v, context(plan, i, every, inv_freq)).items():
+        store[name] = scatter(plan, i, layer, store[name], slots, value)
+    pos = scatter(plan, i, layer, pool.pos, slots, every)
     lead = 2 if layer.table is not None else 3
     slot_state = {
-        n: _scatter(plan, layer, x, slots, jnp.zeros((b, h, t, *x.shape[lead:]), x.dtype))
+        n: scatter(plan, i, layer, x, slots, jnp.zeros((b, h, t, *x.shape[lead:]), x.dtype))
         for n, x in pool.slot_state.items()
     }
     fill = jnp.maximum(layer.fill, jnp.max(slots, axis=-1) + 1)
     layer = layer.replace(fill=fill, next_slot=fill)
-    return cache.put(i, layer, j, _constrain(layer, Pool(store, pos, slot_state)))
+    return cache.put(i, layer, j, constrain_pool(plan, i, Pool(store, pos, slot_state)))
 
 
 def write_slot_state(plan: Plan, cache: KVCache, i: int, state: dict[str, Array]) -> KVCache:
@@ -108,8 +139,8 @@ def write_slot_state(plan: Plan, cache: KVCache, i: int, state: dict[str, Array]
     if layer.table is not None:
         places = jnp.arange(plan.layers[i].capacity)
         slots = jnp.where(places < layer.fill[..., None], places, -1)
-        state = {n: _scatter(plan, layer, pool.slot_state[n], slots, x) for n, x in state.items()}
-    return cache.put(i, layer, j, _constrain(layer, pool.replace(slot_state=state)))
+        state = {n: scatter(plan, i, layer, pool.slot_state[n], slots, x) for n, x in state.items()}
+    return cache.put(i, layer, j, constrain_pool(plan, i, pool.replace(slot_state=state)))
 
 
 def all_entries(valid: Array, places: int) -> Array:
@@ -138,59 +169,64 @@ def rebuild(
     lp, layer = plan.layers[i], cache.layers[i]
     count = jnp.sum(index < entries.pos.shape[2], axis=-1, dtype=jnp.int32)
     new = Pool(
-        store=_take_fields(plan, i, entries.store, index),
+        store={name: take_slots(x, index) for name, x in entries.store.items()},
         pos=take_slots(entries.pos, index, fill=-1),
         slot_state={n: take_slots(x, index) for n, x in entries.slot_state.items()},
     )
     layer = layer.replace(fill=count, next_slot=count, limit=limit)
     if layer.table is None:
-        fitted = jax.tree.map(_fit, plan.specs().pools[lp.pool], new, is_leaf=arrays.is_spec)
-        return cache.put(i, layer, lp.pool, _constrain(layer, fitted)), 0
+        fitted = jax.tree.map(fit, plan.pool_specs[lp.pool], new, is_leaf=arrays.is_spec)
+        return cache.put(i, layer, lp.pool, constrain_pool(plan, i, fitted)), 0
 
     # Ragged: hand out the pool's pages anew, each head getting room for what it keeps and may still append.
-    pool = arrays.init(plan.specs().pools[lp.pool]) if pool is None else pool
-    grow = 1 if lp.policy.evict_decode else plan.reserve
-    room = jnp.minimum(jnp.maximum(limit, count) + grow, lp.capacity)
-    each = -(-room // plan.page_size)  # pages per head, int32 [batch, kv_heads]
-    ends = first_page + jnp.cumsum(each.reshape(-1)).reshape(each.shape)
-    number = jnp.arange(layer.table.shape[2])
-    table = jnp.where(number < each[..., None], (ends - each)[..., None] + number, -1)
-    layer = layer.replace(table=jnp.where(table < pool.pos.shape[0], table, -1).astype(jnp.int32))
-    places = jnp.arange(index.shape[2])
-    slots = jnp.where(places < count[..., None], places, -1)
-    fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
+    pool = arrays.init(plan.pool_specs[lp.pool]) if pool is None else pool
+    layer, end = hand_out_pages(plan, i, layer, pool, jnp.maximum(limit, count), first_page)
+    return cache.put(i, layer, lp.pool, fill_pages(plan, i, layer, pool, new, count)), end
 
-    def put(array: Array, values: Array, per: int = 1) -> Array:
-        return _scatter(plan, layer, array, slots[:, :, ::per] // per, values, per)
+
+def hand_out_pages(
+    plan: Plan, i: int, layer: Layer, pool: Pool, entries: Array, first_page: Array | int
+) -> tuple[Layer, Array]:
+    """A new page table: every head gets room for `entries` int32 [batch, kv_heads] and what it may still append.
+
+    Returns the layer and the first page still free.
+    """
+    lp, codec = plan.layers[i], plan.layers[i].policy.codec
+    room = entries + (lp.policy.interval if lp.policy.evict_decode else plan.reserve)
+    room = jnp.minimum(codec.encoded(room) if codec.deferred else room, lp.capacity)
+    each = -(-room // plan.page(codec))  # pages per head, int32 [batch, kv_heads]
+    ends = first_page + jnp.cumsum(each.reshape(-1)).reshape(each.shape)
+    number, pages = jnp.arange(layer.table.shape[2]), next(iter(pool.store.values())).shape[0]
+    table = jnp.where(number < each[..., None], (ends - each)[..., None] + number, -1)
+    table = jnp.where(table < pages, table, -1).astype(jnp.int32)
+    return layer.replace(table=table), ends.reshape(-1)[-1]
+
+
+def fill_pages(plan: Plan, i: int, layer: Layer, pool: Pool, new: Pool, count: Array) -> Pool:
+    """Write the first `count` int32 [batch, kv_heads] slots of the dense `new` into a layer's pages."""
+    fields = plan.layers[i].policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
+
+    def put(array: Array, values: Array, field: Field = ONE_EACH) -> Array:
+        n = values.shape[2 + len(field.before)] * field.per
+        slots = jnp.where(jnp.arange(n) < count[..., None], jnp.arange(n), -1)
+        return scatter(plan, i, layer, array, slots, values, field)
 
     pool = Pool(
-        store={n: put(pool.store[n], x, fields[n].per) for n, x in new.store.items()},
-        pos=put(pool.pos, new.pos),
+        store={n: put(pool.store[n], x, fields[n]) for n, x in new.store.items()},
+        pos=None if pool.pos is None else put(pool.pos, new.pos),
         slot_state={n: put(pool.slot_state[n], x) for n, x in new.slot_state.items()},
     )
-    return cache.put(i, layer, lp.pool, _constrain(layer, pool)), ends.reshape(-1)[-1]
+    return constrain_pool(plan, i, pool)
 
 
-def _take_fields(plan: Plan, i: int, store: dict[str, Array], index: Array) -> dict[str, Array]:
-    fields = plan.layers[i].policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
-    grouped = [n for n, f in fields.items() if f.per != 1]
-    if grouped:
-        raise ValueError(
-            f"entries of a codec that groups slots cannot be moved one by one ({', '.join(grouped)})"
-        )
-    return {name: take_slots(x, index) for name, x in store.items()}
+def fit(spec: arrays.ArraySpec, x: Array) -> Array:
+    """Pad or cut a Dense array to the planned capacity; only the slot axis differs."""
+    x = x[tuple(slice(0, n) for n in spec.shape)]
+    return jnp.pad(x, [(0, n - m) for n, m in zip(spec.shape, x.shape)], constant_values=spec.fill)
 
 
-def _fit(spec: arrays.ArraySpec, x: Array) -> Array:
-    """Pad or cut the slot axis of a Dense array to the planned capacity."""
-    extra = spec.shape[2] - x.shape[2]
-    if extra <= 0:
-        return x[:, :, : spec.shape[2]]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3), constant_values=spec.fill)
-
-
-def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array) -> KVCache:
-    """Free the lowest-scored slot of every head of layer i that holds more than its limit.
+def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array, limit: Array) -> KVCache:
+    """Free the lowest-scored slot of every head of layer i that holds more than its `limit` [batch, kv_heads].
 
     scores f32 [batch, kv_heads, slots] over the dense view. The freed slot is where the next token goes.
     """
@@ -198,14 +234,14 @@ def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array) -> KVCache:
     pool = cache.pools[j]
     pos = view(plan, cache, i).pos
     victim = jnp.argmin(jnp.where(pos >= 0, scores, jnp.inf), axis=-1).astype(jnp.int32)
-    over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > layer.limit
+    over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > limit
     slot = jnp.where(over, victim, -1)[..., None]
-    new_pos = _scatter(plan, layer, pool.pos, slot, jnp.full(slot.shape, -1, jnp.int32))
+    new_pos = scatter(plan, i, layer, pool.pos, slot, jnp.full(slot.shape, -1, jnp.int32))
     layer = layer.replace(next_slot=jnp.where(over, victim, layer.next_slot))
     return cache.put(i, layer, j, pool.replace(pos=new_pos))
 
 
-def _constrain(layer: Layer, pool: Pool) -> Pool:
+def constrain_pool(plan: Plan, i: int, pool: Pool) -> Pool:
     """Sharding constraints on every stored array, from its logical axes."""
-    lead = ("pages", "page_slots") if layer.table is not None else (*LEAD, "slots")
-    return jax.tree.map(lambda x: constrain(x, (*lead, *(None,) * (x.ndim - len(lead)))), pool)
+    specs = plan.pool_specs[plan.layers[i].pool]
+    return jax.tree.map(lambda spec, x: constrain(x, spec.axes), specs, pool, is_leaf=arrays.is_spec)

@@ -19,11 +19,22 @@ Array = jax.Array
 class Pool:
     """What is stored: encoded keys and values, the position of each slot, and per-slot policy state."""
 
-    store: dict[
-        str, Array
-    ]  # codec fields [batch, kv_heads, slots / per, ...] or [pages, page_size / per, ...]
-    pos: Array  # int32 [batch, kv_heads, slots] or [pages, page_size]; true position of the entry, -1 = empty
+    # Codec fields [batch, kv_heads, slots / per, ...] or [pages, page_size / per, ...].
+    store: dict[str, Array]
+    # int32 [batch, kv_heads, slots] or [pages, page_size]: true position of the entry, -1 = empty.
+    # None (deferred codecs without eviction): slot n holds position `codec.sink` + n.
+    pos: Array | None
     slot_state: dict[str, Array]  # like `pos`, with a suffix per name; moves with the entry
+
+
+@struct.dataclass
+class Residual:
+    """Entries that a deferred codec holds in model dtype: first its sinks, then the newest ones in time order."""
+
+    k: Array  # [batch, kv_heads, sink + residual, head_dim]
+    v: Array  # [batch, kv_heads, sink + residual, head_dim]
+    pos: Array | None  # int32 [batch, kv_heads, sink + residual]; None when the pool has none
+    count: Array  # int32 [batch, kv_heads] valid entries, at the front
 
 
 @struct.dataclass
@@ -34,7 +45,8 @@ class Layer:
     fill: Array  # int32 [batch, kv_heads] occupied slots
     next_slot: Array  # int32 [batch, kv_heads] where the next entry goes: fill, or the slot evicted last
     limit: Array  # int32 [batch, kv_heads] most entries while decoding (policies that evict while decoding)
-    const: dict[str, Array]  # calibration arrays of this layer
+    const: dict[str, Array]  # calibration arrays of this layer's scorer
+    residual: Residual | None = None  # only with a deferred codec
 
 
 @struct.dataclass
@@ -61,9 +73,15 @@ class KVCache:
         Array  # int32 [batch] RoPE position of the next token; = length unless keys were re-rotated
     )
     expected: Array  # int32 [batch] length of the whole prompt while it is prefilled in chunks; 0 = unknown
+    compressed: Array  # int32 [batch] length when the prompt was last compressed
     pending: tuple[
         Any, ...
     ] = ()  # within one call: layers whose compaction waits (allocators of scope 'model')
+
+    # Within one call only, None between calls:
+    token_ids: Any = None  # int32 [batch, tokens] this call's tokens, for scorers that need them
+    shared: Any = None  # scores of the first layer of a group that reuses them
+    moved: Any = None  # int32 [batch] next position after keys were re-rotated in this call
 
     def put(self, i: int, layer: Layer, j: int, pool: Any) -> KVCache:
         """The cache with layer i and pool j replaced."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax import attend
+from kvjax import attend, probe
 from kvjax.cache import ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
@@ -56,6 +56,10 @@ def _last_hidden(hidden: Array, positions: Array) -> Array:
     return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
 
 
+def _with_tokens(plan: Plan, cache: KVCache, tokens: Array) -> KVCache:
+    return cache.replace(token_ids=tokens) if "token_ids" in plan.policy.needs else cache
+
+
 @functools.partial(jax.jit, static_argnames=("lm", "plan", "implementation"))
 def prefill(
     lm: LanguageModel,
@@ -68,6 +72,10 @@ def prefill(
 ) -> tuple[Array, KVCache]:
     """Whole prompt into a new, compressed cache. Returns the last token's logits f32 [batch, vocab], cache."""
     cache = ops.empty(plan)
+    if plan.policy.probe is not None:
+        hidden, cache = probe.prefill(lm, plan, params, cache, tokens, positions, implementation, fresh=True)
+        return lm.logits(params, _last_hidden(hidden, positions)), cache
+    cache = _with_tokens(plan, cache, tokens)
     fn = attend.prefill(plan, fresh=True, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
     cache = attend.finish(plan, cache, positions)
@@ -96,6 +104,13 @@ def extend(
     Returns the last token's logits f32 [batch, vocab] of each row, or with `all_logits` those of every token
     f32 [batch, tokens, vocab], and the cache. A row without valid tokens keeps its entries.
     """
+    if compress and plan.policy.rerotate:
+        # Callers count positions from the start of the prompt; stored keys have moved to the front.
+        positions = jnp.where(positions >= 0, positions + (cache.next_position - cache.length)[:, None], -1)
+    if compress and plan.policy.probe is not None:
+        hidden, cache = probe.prefill(lm, plan, params, cache, tokens, positions, implementation, fresh=False)
+        return lm.logits(params, hidden if all_logits else _last_hidden(hidden, positions)), cache
+    cache = _with_tokens(plan, cache, tokens)
     fn = attend.prefill(plan, fresh=False, compress=compress, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
     cache = attend.finish(plan, cache, positions)

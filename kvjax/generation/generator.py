@@ -200,7 +200,7 @@ class Session:
         for n, m in zip(self.lengths, more):
             if n + len(m) > self.plan.prompt + self.plan.reserve:
                 raise ValueError(f"{len(m)} more tokens do not fit: {self.plan.reserve} were reserved")
-        tokens, positions = pad_right(more, bucket(longest, 32))
+        tokens, positions = pad_right(more, bucket(longest))
         starts = np.asarray(self.cache.next_position)[:, None]
         positions = np.where(positions >= 0, positions + starts, -1)
         start = time.perf_counter()
@@ -256,7 +256,7 @@ class Session:
             seen = jnp.asarray(mask)
         stops = np.full((max(8, len(stop_tokens)),), -1, np.int32)
         stops[: len(stop_tokens)] = list(stop_tokens)
-        room = bucket(int(limits.max()))
+        room = self.plan.reserve  # not the limits: requests of one plan share one program
         streaming = stop is not None or on_tokens is not None
         start = time.perf_counter()
         shown, ended = [0] * batch, [False] * batch

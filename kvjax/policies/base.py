@@ -27,6 +27,7 @@ from kvjax.types import ModelShape
 
 Array = jax.Array
 State = dict[str, Array]
+PROTECTED = 1e30  # `Policy.protect` lifts sinks and recent entries to this or above; other scores stay below
 
 
 class Scorer:
@@ -39,7 +40,7 @@ class Scorer:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const'."""
+    """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const', 'token_ids'."""
     chunk_exact: ClassVar[bool] = False
     """True when an entry's score never changes, so that chunked prefill keeps what whole prefill keeps."""
 
@@ -66,7 +67,12 @@ class Allocator:
     ragged: ClassVar[bool] = False
     """True when heads of one layer may keep different numbers: the cache then uses the Ragged layout."""
     scope: ClassVar[str] = "layer"
-    """'layer': counts need this layer's scores only. 'model': all layers compete, compaction waits for the last."""
+    """'layer': counts need this layer's scores only. 'model': layers share one pool, compaction waits for the last."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Observation fields that `measure` uses; see `Scorer.needs`."""
+
+    def check(self, shape: ModelShape) -> None:
+        """ValueError when this allocator does not fit a model, e.g. a table of another number of layers."""
 
     def layer_keep(self, layer: int, layers: int, keep: Any, length: Any) -> Any:
         """Mean entries per head of `layer`, given the budget mean `keep` and the row length; ints or arrays."""
@@ -85,8 +91,30 @@ class Allocator:
         n = jnp.sum(valid, axis=-1, dtype=jnp.int32)
         return jnp.minimum(keep[:, None], n)
 
-    def model_counts(self, scores: Sequence[Array], valid: Sequence[Array], keep: Array) -> list[Array]:
-        """For scope 'model': counts of every layer, from the protected scores of all."""
+    def measure(self, obs: Observation, scores: Array) -> Any:
+        """Statistics of one layer that its allocation needs (a pytree), from the observation and the protected
+        scores [batch, kv_heads, slots] of all entries; None for most allocators."""
+        return None
+
+    def layer_counts(
+        self, scores: Array, valid: Array, keep: Array, layer: int, layers: int, length: Array, stats: Any
+    ) -> Array:
+        """For scope 'layer': `counts`, given the row lengths int32 [batch] and what `measure` returned as well."""
+        return self.counts(scores, valid, keep, layer)
+
+    def model_counts(
+        self,
+        scores: Sequence[Array],
+        valid: Sequence[Array],
+        keep: Array,
+        length: Array,
+        stats: Sequence[Any],
+    ) -> list[Array]:
+        """For scope 'model': counts of every layer, from the protected scores of all.
+
+        scores, valid: per layer, of the best `head_capacity` entries at least. keep int32 [batch]: the budget,
+        mean entries per KV head over all layers, which the counts must not exceed. stats: from `measure`.
+        """
         return [self.counts(s, v, keep, i) for i, (s, v) in enumerate(zip(scores, valid))]
 
 
@@ -97,6 +125,9 @@ class Uniform(Allocator):
 
 class Selection:
     """Which entries survive, given scores and counts. The default keeps the best-scored single tokens."""
+
+    reuse: int = 1
+    """Layers in a row that share the scores, and so the choice, of the first of them."""
 
     def select(self, scores: Array, valid: Array, counts: Array, capacity: int) -> Array:
         """int32 [batch, kv_heads, capacity] slot indices in time (slot) order; `slots` marks an unused place."""
@@ -130,6 +161,28 @@ class Drop(Reducer):
     """Losers are dropped."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Entries per head that may be added while decoding, beside those kept of the prompt (SCOPE).
+
+    slots: the most. start, every: begin with `start` and add one every `every` decode steps (0: all at once).
+    """
+
+    slots: int
+    start: int = 0
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or not 0 <= self.start <= self.slots or self.every < 0:
+            raise ValueError(f"decode room needs slots >= 1, 0 <= start <= slots and every >= 0, got {self}")
+
+    def missing(self, steps: Array) -> Array:
+        """How many of the slots are not open yet after `steps` (int32 [batch]) decode steps."""
+        if self.every == 0:
+            return jnp.zeros_like(steps)
+        return jnp.maximum(self.slots - self.start - steps // self.every, 0)
+
+
 PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement")
 
 
@@ -140,6 +193,10 @@ class Policy:
     budget: int = mean entries per KV head per layer; float in (0, 1] = fraction of the prompt; None = all.
     sink, recent: the first `sink` positions and the newest `recent` entries are always kept.
     evict_decode: evict while decoding too, so that the cache stays at the budget.
+    interval: decode steps from one eviction to the next; a head then exceeds its budget by up to `interval`.
+    room: entries that generated tokens may take beside the prompt's (needs evict_decode).
+    rerotate: rotate kept keys to the positions 0..K-1; the next token follows at K.
+    probe: tokens that are run against the uncompressed cache, observed, and not stored; see `kvjax.probe`.
     explicit: the fields that the method sets, as opposed to defaults that another part may replace.
     """
 
@@ -155,6 +212,10 @@ class Policy:
     sink: int = 0
     recent: int = 0
     evict_decode: bool = False
+    interval: int = 1
+    room: Room | None = None
+    rerotate: bool = False
+    probe: Any = None
     explicit: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -168,6 +229,17 @@ class Policy:
                 raise ValueError(f"{self.name}: budget must be at least 1 entry, got {b}")
         if min(self.sink, self.recent) < 0:
             raise ValueError(f"{self.name}: sink and recent cannot be negative")
+        if self.interval < 1:
+            raise ValueError(f"{self.name}: interval must be at least 1 step, got {self.interval}")
+        if self.interval > 1 and self.allocator.scope == "model":
+            raise ValueError(f"{self.name}: interval > 1 needs an allocator that decides layer by layer")
+        if self.rerotate and (
+            self.allocator.ragged or type(self.allocator).layer_keep is not Allocator.layer_keep
+        ):
+            raise ValueError(
+                f"{self.name}: rerotate needs the same number of entries in every layer and head, which "
+                f"{type(self.allocator).__name__} does not give; set rerotate=False or use the uniform allocator"
+            )
         if isinstance(b, int) and b < self.protected:
             raise ValueError(
                 f"{self.name}: budget={b} is below the {self.protected} entries that are always kept "
@@ -180,6 +252,11 @@ class Policy:
         return self.sink + self.recent
 
     @property
+    def spare(self) -> int:
+        """Slots per head beyond the prompt's while decoding with eviction."""
+        return self.interval + (0 if self.room is None else self.room.slots)
+
+    @property
     def compresses(self) -> bool:
         """True when entries are removed at some point."""
         return self.scorer is not None and self.budget is not None
@@ -187,7 +264,7 @@ class Policy:
     @property
     def needs(self) -> frozenset[str]:
         """Observation fields that a caller must supply."""
-        return self.scorer.needs if self.scorer is not None else frozenset()
+        return self.scorer.needs | self.allocator.needs if self.scorer is not None else frozenset()
 
     def __or__(self, other: Policy) -> Policy:
         """Compose; ValueError when both set the same part explicitly."""
@@ -209,7 +286,7 @@ class Policy:
             elif field.name in PARTS:
                 value = getattr(lead, field.name)
                 merged[field.name] = value if value != field.default else getattr(follow, field.name)
-            else:  # budget, sink, recent, evict_decode belong to the method that scores
+            else:  # budget, protection and decode behaviour belong to the method that scores
                 merged[field.name] = getattr(lead, field.name)
         return Policy(**merged, explicit=self.explicit | other.explicit)
 
@@ -229,11 +306,13 @@ class Policy:
         return length if self.budget is None else jnp.minimum(self.budget, length)
 
     def protect(self, scores: Array, pos: Array, length: Array) -> Array:
-        """Scores with sinks and recent entries lifted above all others (newest first), empty slots at NEG."""
+        """Scores with sinks and recent entries lifted to `PROTECTED` and above (newest first), empty slots at -inf."""
         newest = length[:, None, None] - self.recent
         keep = ((pos < self.sink) | (pos >= newest)) & (pos >= 0)
-        order = jnp.where(pos < self.sink, 4e30, 1e30) * (1 + jnp.minimum(pos, 2**20) * 2.0**-20)
-        scores = jnp.where(jnp.isnan(scores), NEG, jnp.clip(scores.astype(jnp.float32), NEG, -NEG * 0.5))
+        order = jnp.where(pos < self.sink, 4 * PROTECTED, PROTECTED) * (
+            1 + jnp.minimum(pos, 2**20) * 2.0**-20
+        )
+        scores = jnp.where(jnp.isnan(scores), NEG, jnp.clip(scores.astype(jnp.float32), NEG, 0.5 * PROTECTED))
         return jnp.where(keep, order, jnp.where(pos >= 0, scores, -jnp.inf))
 
 

@@ -19,7 +19,9 @@ from kvjax.types import ModelShape
 
 def fingerprint(shape: ModelShape, weights: str = "") -> str:
     """What identifies a model: its cache shape, and a digest of its weights where the writer knows one."""
-    base = f"layers={shape.layers},q_heads={shape.q_heads},kv_heads={shape.kv_heads},head_dim={shape.head_dim}"
+    base = (
+        f"layers={shape.layers},q_heads={shape.q_heads},kv_heads={shape.kv_heads},head_dim={shape.head_dim}"
+    )
     return f"{base},weights={weights}" if weights else base
 
 
@@ -36,11 +38,13 @@ def load(path: str, mark: str | None = None) -> dict[str, np.ndarray]:
     both sides have one. ValueError for a missing or unreadable file, and for another model's file.
     """
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"calibration file {path!r} does not exist; write it with python -m launch.calibrate")
+        raise ValueError(
+            f"calibration file {path!r} does not exist; write it with python -m launch.calibrate"
+        )
     try:
         with safe_open(path, framework="numpy") as f:
             found = (f.metadata() or {}).get("fingerprint", "")
-            arrays = {name: f.get_tensor(name) for name in f.keys()}
+            arrays = {name: f.get_tensor(name) for name in f}
     except SafetensorError as e:
         raise ValueError(f"{path!r} is not a calibration file ({e})") from None
     if mark is not None and not same_model(found, mark):
@@ -49,6 +53,14 @@ def load(path: str, mark: str | None = None) -> dict[str, np.ndarray]:
             f"this one is {mark}); calibrate this model with python -m launch.calibrate"
         )
     return arrays
+
+
+def array(path: str, name: str) -> np.ndarray:
+    """One array of a calibration file, whatever model it belongs to; ValueError when it is missing."""
+    arrays = load(path)
+    if name not in arrays:
+        raise ValueError(f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}")
+    return arrays[name]
 
 
 def same_model(a: str, b: str) -> bool:
@@ -63,5 +75,7 @@ def load_layer(path: str, names: tuple[str, ...], layer: int, shape: ModelShape)
     arrays = load(path, fingerprint(shape))
     for name in names:
         if name not in arrays:
-            raise ValueError(f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}")
+            raise ValueError(
+                f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}"
+            )
     return {name: arrays[name][layer] for name in names}

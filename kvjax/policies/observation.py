@@ -33,12 +33,18 @@ class Observation:
     k: Array  # [batch, kv_heads, slots, head_dim], after RoPE
     v: Array  # [batch, kv_heads, slots, head_dim]
     pos: Array  # int32 [batch, kv_heads, slots], -1 = empty
-    length: Array  # int32 [batch], true tokens seen, this call included
+    length: Array  # int32 [batch], position after the newest token; tokens seen, unless keys were re-rotated
     lse: Array | None = None  # f32 [batch, q_heads, tokens], log-sum-exp of this call's attention
     mass: Array | None = None  # f32 [batch, q_heads, slots], probability summed over this call's queries
     hidden: Array | None = None  # [batch, tokens, embed]
     wo: Array | None = None  # [q_heads, head_dim, embed]
     inv_freq: Array | None = None  # f32 [rotary_dim // 2]
+    keep: Array | None = None  # int32 [batch], mean entries per head that the budget leaves this layer
+    steps: Array | None = None  # int32 [batch], tokens since the prompt was compressed, this call included
+    token_ids: Array | None = None  # int32 [batch, tokens]
+    span: tuple[Array, Array] | None = (
+        None  # int32 [batch] twice: positions a probe is about, first and past last
+    )
     const: dict[str, Array] = struct.field(default_factory=dict)  # this layer's calibration arrays
     layer: int = struct.field(pytree_node=False, default=0)
     layers: int = struct.field(pytree_node=False, default=1)

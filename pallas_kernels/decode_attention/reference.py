@@ -71,34 +71,79 @@ def decode_attention_xla(
         state, logits, ids = _chunked(query, store, table, blocks, block_size, slots, visible, return_mass)
     peak, total_mass, acc = state[:3]
     if store.residual:
-        store_res = KVStore(store.k_res, store.v_res)
-        place = jnp.arange(store.residual, dtype=jnp.int32)
-        ids_res = place + lengths[..., None]
-        pos = None if positions is None else positions[..., slots:]
-        seen = sees(ids_res, valid=jnp.broadcast_to(place < store.res_lengths[..., None], ids_res.shape),
-                    positions=pos)  # fmt: skip
-        rest = dataclasses.replace(query, q=query.q.astype(jnp.float32))
-        part = _whole(rest, jax.tree.map(lambda x: x.astype(jnp.float32), store_res), seen)
+        part = _residual(query, store, lengths, positions, slots, sees)
         peak, total_mass, acc = _join((peak, total_mass, acc), part[:3])
-    some = total_mass > 0
-    out = acc / jnp.where(some, total_mass, 1.0)[..., None]
-    lse = jnp.where(some, jnp.log(total_mass) + peak, -jnp.inf)
+    out, lse = _finish(peak, total_mass, acc)
     mass = None
     if return_mass:
-        mass = _mass(query, logits, lse)
+        mass = slot_mass(logits, lse, tokens)
         mass = mass[..., :slots] if blocks is None else _scatter(mass, ids, slots)
         if store.residual:
-            mass = jnp.concatenate([mass, _mass(query, part[-1], lse)], axis=-1)
+            mass = jnp.concatenate([mass, slot_mass(part[-1], lse, tokens)], axis=-1)
     shape = (batch, q_heads, tokens)
     return out.reshape(*shape, dim), lse.reshape(shape), mass
 
 
-def _mass(query: _Query, logits: Array, lse: Array) -> Array:
-    """Probability of every slot, summed over the tokens: [batch, q_heads, n]."""
+def attend_residual(
+    q: Array,  # [batch, q_heads, tokens, head_dim]
+    store: KVStore,
+    *,
+    lengths: Array,
+    positions: Array | None,
+    q_positions: Array | None,
+    mask: Array | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    slots: int,
+) -> tuple[Array, Array, Array]:
+    """Attention over the residual window alone.
+
+    Returns: out f32 [batch, kv_heads, group * tokens, head_dim], lse and logits [batch, kv_heads, group * tokens
+    (, residual)].
+    """
+    batch, q_heads, tokens, dim = q.shape
+    kv_heads = lengths.shape[1]
+    query = _Query(q.reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim), tokens, scale, softcap)
+    sees = functools.partial(
+        visible_slots, total=lengths + store.res_lengths, q_positions=q_positions, mask=mask, window=window,
+        tokens=tokens,
+    )  # fmt: skip
+    *state, logits = _residual(query, store, lengths, positions, slots, sees)
+    return *_finish(*state), logits
+
+
+def _residual(query: _Query, store: KVStore, lengths: Array, positions: Array | None, slots: int, sees):
+    """(peak, total, acc, logits) of the residual window, in float32."""
+    place = jnp.arange(store.residual, dtype=jnp.int32)
+    ids = place + lengths[..., None]
+    pos = None if positions is None else positions[..., slots:]
+    valid = jnp.broadcast_to(place < store.res_lengths[..., None], ids.shape)
+    window = KVStore(store.k_res.astype(jnp.float32), store.v_res.astype(jnp.float32))
+    query = dataclasses.replace(query, q=query.q.astype(jnp.float32))
+    return _whole(query, window, sees(ids, valid=valid, positions=pos))
+
+
+def _finish(peak: Array, total: Array, acc: Array) -> tuple[Array, Array]:
+    """Online-softmax state -> (out, lse); 0 and -inf where nothing was visible."""
+    some = total > 0
+    out = acc / jnp.where(some, total, 1.0)[..., None]
+    return out, jnp.where(some, jnp.log(total) + peak, -jnp.inf)
+
+
+def slot_mass(logits: Array, lse: Array, tokens: int) -> Array:
+    """Probability of every slot, summed over the tokens.
+
+    Args:
+      logits: [batch, kv_heads, group * tokens, n], -inf where invisible; lse: [batch, kv_heads, group * tokens].
+      tokens: query tokens.
+
+    Returns: [batch, q_heads, n].
+    """
     finite = jnp.where(lse == -jnp.inf, 0.0, lse)
     prob = jnp.exp(logits - finite[..., None])
     batch, kv_heads, rows, n = prob.shape
-    return prob.reshape(batch, kv_heads * (rows // query.tokens), query.tokens, n).sum(2)
+    return prob.reshape(batch, kv_heads * (rows // tokens), tokens, n).sum(2)
 
 
 def _scatter(mass: Array, ids: Array, slots: int) -> Array:

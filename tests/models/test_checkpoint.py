@@ -5,31 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tracemalloc
 
 import chex
-import fixtures
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import recorded
 import safetensors
 from safetensors.numpy import save_file
 
 from models import checkpoint
 from models.params import param_axes, param_specs, split_qkv
-from models.weights import CheckpointError
+from models.weights import CheckpointError, TensorReader, assemble
 
 
 def _tensors(name: str) -> dict[str, np.ndarray]:
-    with safetensors.safe_open(fixtures.DIRECTORY / name / "model.safetensors", "np") as file:
+    with safetensors.safe_open(recorded.DIRECTORY / name / "model.safetensors", "np") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _write(path, name="llama2", tensors=None, **settings):
     """A Hugging Face directory made of a recorded model, the embedded tokenizer, and changes."""
     path.mkdir(exist_ok=True)
-    config = json.loads((fixtures.DIRECTORY / name / "config.json").read_text()) | settings
+    config = json.loads((recorded.DIRECTORY / name / "config.json").read_text()) | settings
     (path / "config.json").write_text(json.dumps(config))
     save_file(_tensors(name) if tensors is None else tensors, path / "model.safetensors")
     shutil.copy(checkpoint.EMBEDDED / "kvref-draft-2m" / "tokenizer.model", path)
@@ -50,6 +51,20 @@ def test_weights_arrive_where_they_belong(tmp_path):
     np.testing.assert_array_equal(gate_up[:, 1], tensors[prefix + "mlp.up_proj.weight"].T)
     np.testing.assert_array_equal(np.asarray(model.params.head), tensors["lm_head.weight"])
     assert model.params.embedding.dtype == jnp.bfloat16
+
+
+def test_tensors_are_streamed():
+    """Reading holds a few tensors at a time, far from the 44 MB of the model."""
+    directory = checkpoint.EMBEDDED / "kvref-22m"
+    config = checkpoint.read_hf_config(directory)
+    largest = config.vocab_size * config.embed_dim * 2
+    tracemalloc.start()
+    with TensorReader(directory) as reader:
+        shapes = assemble(reader, config, lambda array, spec: array.shape)
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shapes.embedding == (8192, 384)
+    assert largest <= peak < 3 * largest
 
 
 def test_shards_equal_one_file(tmp_path):
@@ -75,9 +90,9 @@ def test_tied_model_ignores_a_stored_head(tmp_path):
     assert model.params.head is None
 
 
-@pytest.mark.parametrize("name", fixtures.FAMILIES)
+@pytest.mark.parametrize("name", recorded.FAMILIES)
 def test_declared_shapes_and_axes_match_the_weights(name):
-    config, params, _, _ = fixtures.load(name)
+    config, params, _, _ = recorded.load(name)
     specs = param_specs(config, "float32")
     chex.assert_trees_all_equal_shapes_and_dtypes(params, specs)
 
@@ -151,6 +166,15 @@ def _nan(tensors):
     tensors["model.layers.0.self_attn.k_proj.weight"][3, 4] = np.nan
 
 
+def _infinite(tensors):
+    tensors["model.layers.0.self_attn.v_proj.weight"][0, 0] = -np.inf
+
+
+def _nan_f32(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].astype(np.float32)
+    tensors["lm_head.weight"][-1, -1] = np.nan
+
+
 def _extra(tensors):
     tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
 
@@ -169,6 +193,8 @@ def _integers(tensors):
         (_without("lm_head.weight"), r"tensor lm_head\.weight is missing"),
         (_cut, r"model\.layers\.1\.mlp\.down_proj\.weight has shape \(32, 47\), expected \(32, 48\)"),
         (_nan, r"tensor model\.layers\.0\.self_attn\.k_proj\.weight has NaN or infinite values"),
+        (_infinite, r"tensor model\.layers\.0\.self_attn\.v_proj\.weight has NaN or infinite values"),
+        (_nan_f32, r"tensor lm_head\.weight has NaN or infinite values"),
         (_extra, r"tensor model\.layers\.0\.self_attn\.q_proj\.bias is not part of the model"),
         (_integers, r"tensor model\.norm\.weight is int32; supported: float32, float16, bfloat16"),
     ],

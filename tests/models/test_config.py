@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import chex
-import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded
 
 from models import rope, zoo
 from models.config import ARCHITECTURES, from_hf
@@ -146,7 +146,7 @@ def test_unknown_shape_and_bad_settings():
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2"])
 def test_random_weights(name):
-    config = fixtures.config_of(name)
+    config = recorded.config_of(name)
     params = init_params(config, jax.random.key(0), "float32")
     chex.assert_trees_all_equal_shapes_and_dtypes(params, param_specs(config, "float32"))
     layer = params.layers[0]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded
 import simple_cache
 
 from models import decoder
@@ -44,17 +44,17 @@ def _cached(params, config, ids):
     return jnp.concatenate([first[0], jax.lax.scan(step, cache, later)[1]])
 
 
-@pytest.mark.parametrize("name", fixtures.FAMILIES)
+@pytest.mark.parametrize("name", recorded.FAMILIES)
 def test_full_forward_equals_transformers(name):
-    config, params, ids, logits = fixtures.load(name)
-    assert fixtures.relative_error(_full(params, config, ids[None])[0], logits) < 1e-4
+    config, params, ids, logits = recorded.load(name)
+    assert recorded.relative_error(_full(params, config, ids[None])[0], logits) < 1e-4
 
 
-@pytest.mark.parametrize("name", fixtures.FAMILIES)
+@pytest.mark.parametrize("name", recorded.FAMILIES)
 def test_prefill_and_64_steps_equal_transformers(name):
-    config, params, ids, logits = fixtures.load(name)
+    config, params, ids, logits = recorded.load(name)
     assert len(ids) - PREFILL == 64
-    assert fixtures.relative_error(_cached(params, config, ids[None]), logits) < 1e-4
+    assert recorded.relative_error(_cached(params, config, ids[None]), logits) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -72,20 +72,20 @@ def test_prefill_and_64_steps_equal_transformers(name):
 )
 def test_each_setting_matters(name, change):
     """The recorded logits can tell a wrong setting from the right one."""
-    config, params, ids, logits = fixtures.load(name)
+    config, params, ids, logits = recorded.load(name)
     if "ropes" in change:
         change = {"ropes": tuple(dataclasses.replace(r, kind="default") for r in config.ropes)}
     if "qk_norm" in change:
         layers = tuple(layer.replace(q_norm=None, k_norm=None) for layer in params.layers)
         params, change = params.replace(layers=layers), {}
     wrong = dataclasses.replace(config, **change)
-    assert fixtures.relative_error(_full(params, wrong, ids[None])[0], logits) > 1e-3
+    assert recorded.relative_error(_full(params, wrong, ids[None])[0], logits) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma2", "qwen2_moe"])
 def test_padding_has_no_effect(name):
     """Rows of 20 tokens padded on the left, the right and in the middle give the logits of the bare row."""
-    config, params, ids, logits = fixtures.load(name)
+    config, params, ids, logits = recorded.load(name)
     tokens, positions = np.full((3, 26), 3, np.int32), np.full((3, 26), -1, np.int32)
     columns = [np.arange(6, 26), np.arange(20), np.r_[0:7, 13:26]]
     for row, where in enumerate(columns):
@@ -95,31 +95,31 @@ def test_padding_has_no_effect(name):
     )
     assert np.isfinite(np.asarray(found)).all()
     for row, where in enumerate(columns):
-        assert fixtures.relative_error(found[row, where], logits[:20]) < 1e-4
+        assert recorded.relative_error(found[row, where], logits[:20]) < 1e-4
 
 
 def test_last_only_takes_each_rows_last_token():
-    config, params, ids, logits = fixtures.load("llama2")
+    config, params, ids, logits = recorded.load("llama2")
     tokens = jnp.asarray(np.stack([ids[:12], ids[:12]]))
     positions = jnp.asarray([[*range(12)], [*range(9), -1, -1, -1]], jnp.int32)
     found, _ = jax.jit(decoder.forward, static_argnums=(1, 5), static_argnames="last_only")(
         params, config, tokens, positions, None, decoder.causal_attend, last_only=True
     )
     assert found.shape == (2, 1, config.vocab_size)
-    assert fixtures.relative_error(found[:, 0], logits[[11, 8]]) < 1e-4
+    assert recorded.relative_error(found[:, 0], logits[[11, 8]]) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_dense_experts_equal_ragged(name):
-    config, params, ids, logits = fixtures.load(name)
+    config, params, ids, logits = recorded.load(name)
     assert config.moe.dispatch == "ragged"
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, dispatch="dense"))
-    assert fixtures.relative_error(_full(params, dense, ids[None])[0], logits) < 1e-4
+    assert recorded.relative_error(_full(params, dense, ids[None])[0], logits) < 1e-4
 
 
 def test_attention_inputs_say_what_the_layer_is():
     """What `attend` receives: shapes, pre-projection hidden states, frequencies, per-layer windows."""
-    config, params, ids, _ = fixtures.load("gemma3")
+    config, params, ids, _ = recorded.load("gemma3")
 
     def attend(inputs, seen):
         return decoder.causal_attend(inputs, None)[0], (*seen, inputs)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recorded
 import simple_cache
 
 from models import checkpoint, decoder, zoo
@@ -20,7 +20,7 @@ def model():
 
 
 def test_logits_equal_transformers(model):
-    expected = np.load(fixtures.DIRECTORY / "kvref-22m.npz")
+    expected = np.load(recorded.DIRECTORY / "kvref-22m.npz")
     ids = expected["ids"]
 
     @jax.jit
@@ -33,14 +33,14 @@ def test_logits_equal_transformers(model):
 
     logits, logsumexp = map(np.asarray, run(model.params))
     found = logits[expected["rows"]][:, expected["columns"]]
-    assert fixtures.relative_error(found, expected["logits"]) < 1e-4
+    assert recorded.relative_error(found, expected["logits"]) < 1e-4
     np.testing.assert_allclose(logsumexp, expected["logsumexp"], rtol=1e-4)
     np.testing.assert_array_equal(logits.argmax(-1), expected["argmax"])
 
 
 def test_greedy_continuations_equal_transformers(model):
     """20 prompts of different lengths as one ragged batch."""
-    greedy = json.loads((fixtures.DIRECTORY / "kvref-22m-greedy.json").read_text())
+    greedy = json.loads((recorded.DIRECTORY / "kvref-22m-greedy.json").read_text())
     width, config = max(len(g["prompt"]) for g in greedy), model.config
     tokens = np.array([g["prompt"] + [config.pad_id] * (width - len(g["prompt"])) for g in greedy], np.int32)
     lengths = np.array([len(g["prompt"]) for g in greedy], np.int32)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import re
 
-import fixtures
 import jax
 import jax.numpy as jnp
 import pytest
+import recorded
 from jax.sharding import NamedSharding, PartitionSpec
 
 from models import decoder
@@ -31,7 +31,7 @@ def mesh():
 
 @pytest.mark.parametrize("name", ["llama2", "gemma3", "mixtral"])
 def test_tensor_parallel_equals_transformers(name, mesh):
-    config, params, ids, logits = fixtures.load(name)
+    config, params, ids, logits = recorded.load(name)
     where = _sharding(mesh)
     params = jax.tree.map(lambda p, axes: jax.device_put(p, where(axes, p.shape)), params, param_axes(config))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -43,7 +43,7 @@ def test_tensor_parallel_equals_transformers(name, mesh):
     compiled = run.compile()
     found, _ = compiled(params, tokens, positions, None)
     for row in found:
-        assert fixtures.relative_error(row, logits) < 1e-4
+        assert recorded.relative_error(row, logits) < 1e-4
 
     moved = re.findall(r"= (\w+)\[[\d,]*\]\S* (all-gather|all-reduce|all-to-all)\(", compiled.as_text())
     counts = collections.Counter(kind for _, kind in moved)
@@ -55,7 +55,7 @@ def test_tensor_parallel_equals_transformers(name, mesh):
 
 
 def test_random_weights_are_made_where_they_live(mesh):
-    config = fixtures.config_of("llama2")
+    config = recorded.config_of("llama2")
     where = _sharding(mesh)
     params = init_params(config, jax.random.key(0), "float32", where)
     plain = init_params(config, jax.random.key(0), "float32")

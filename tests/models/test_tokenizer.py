@@ -67,6 +67,15 @@ def test_streaming_holds_back_an_unfinished_character(name):
     assert set(stream.flush()) == {"\ufffd"}
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_streaming_after_a_prompt(name):
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode("the prompt and the answer")
+    stream = StreamDecoder(tokenizer, ids[:-3])
+    found = "".join(stream.push(i) for i in ids[-3:]) + stream.flush()
+    assert tokenizer.decode(ids[:-3]) + found == "the prompt and the answer"
+
+
 def test_a_tokenizer_json_alone_is_enough(tmp_path):
     for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((checkpoint.EMBEDDED / "kvref-draft-2m" / file).read_bytes())

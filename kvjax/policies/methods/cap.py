@@ -17,5 +17,8 @@ def cap(budget: Budget = 0.5, tau: float = 5.0, future: int = 512, sink: int = 4
     prompt query turned to the next `future` positions. kvpress' form, whose normalisations the paper lacks.
     """
     return Policy(
-        scorer=InformationCapacity(tau, future, sink), budget=budget, sink=sink, explicit=frozenset({"scorer"})
+        scorer=InformationCapacity(tau, future, sink),
+        budget=budget,
+        sink=sink,
+        explicit=frozenset({"scorer"}),
     )

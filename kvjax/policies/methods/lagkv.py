@@ -19,4 +19,6 @@ def lagkv(budget: Budget = 0.5, sink: int = 4, lag: int = 128, cross: bool = Fal
     """
     if lag < 2:
         raise ValueError(f"lagkv: lag must be at least 2 tokens, got {lag}")
-    return Policy(scorer=LagRelative(sink, lag, cross), budget=budget, sink=sink, explicit=frozenset({"scorer"}))
+    return Policy(
+        scorer=LagRelative(sink, lag, cross), budget=budget, sink=sink, explicit=frozenset({"scorer"})
+    )

@@ -21,7 +21,9 @@ def non_causal_attn(budget: Budget = 0.5, chunk: int = 256, variant: str = "pape
     """
     _check(variant, "non_causal_attn")
     return Policy(
-        scorer=NonCausalAttention(chunk, padded=variant == "kvpress"), budget=budget, explicit=frozenset({"scorer"})
+        scorer=NonCausalAttention(chunk, padded=variant == "kvpress"),
+        budget=budget,
+        explicit=frozenset({"scorer"}),
     )
 
 

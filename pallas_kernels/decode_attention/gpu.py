@@ -1,0 +1,389 @@
+"""Decode attention on Hopper: the Mosaic GPU kernel around `gpu_step`, and which shapes it covers."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax._src.state import types as state_types
+
+from pallas_kernels.decode_attention import gpu_step as step
+from pallas_kernels.decode_attention.reference import attend_residual, slot_mass
+from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
+from pallas_kernels.merge_partials import merge_partials
+
+Array = jax.Array
+_NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_SMS = 132  # of an H100 or H200; only the choice of splits depends on it
+_MAX_COLUMNS = 64
+_MAX_TREE = 32
+
+
+def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block_size, **_) -> str | None:
+    """Why the kernel cannot run on these operands, or None if it can."""
+    batch, q_heads, tokens, dim = q.shape
+    columns = q_heads // lengths.shape[1] * tokens
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q is {q.dtype.name}; bfloat16 and float16 are supported"
+    if store.format == DENSE and store.k.dtype != q.dtype:
+        return f"k is {store.k.dtype.name} and q {q.dtype.name}; they must be equal"
+    dims = (64, 128, 192, 256) if store.format == DENSE else (128, 256)
+    if dim not in dims:
+        return f"head_dim={dim}; format {store.format!r} supports {dims}"
+    copies = dim // store.group if store.format in PACKED_BITS else 1
+    if columns * copies > _MAX_COLUMNS:
+        return f"{columns} queries per KV head (group x tokens); at most {_MAX_COLUMNS // copies} are supported"
+    if store.format in PACKED_BITS and store.group not in (64, 128):
+        return f"group={store.group}; 64 and 128 are supported"
+    if mask is not None and mask.shape[2] > _MAX_TREE:
+        return f"a mask over {mask.shape[2]} new tokens; at most {_MAX_TREE} are supported"
+    least = _block(store)
+    slots = store.slots if table is None else store.slots * table.shape[2]
+    if table is not None and store.slots % least and (store.format != DENSE or least % store.slots):
+        return f"page_size={store.slots}; format {store.format!r} needs multiples of {least}"
+    if table is not None and store.format == DENSE and store.slots % 8:
+        return f"page_size={store.slots}; multiples of 8 are supported"
+    if store.format != DENSE and table is None and slots % least:
+        return f"{slots} slots; format {store.format!r} needs multiples of {least}"
+    if blocks is not None and block_size % least:
+        return f"block_size={block_size}; format {store.format!r} needs multiples of {least}"
+    if table is not None and blocks is not None and store.slots % least:
+        return f"a block table with page_size={store.slots}; it needs multiples of {least}"
+    return None
+
+
+def _block(store: KVStore) -> int:
+    """Slots per step."""
+    return 128 if store.format == "int2" else 64
+
+
+def choose_splits(rows: int, slots: int, block: int, resident: int) -> int:
+    """Parts to cut every row's slots into, so that the GPU is full and a part is not too short.
+
+    Args:
+      rows: (sequence, KV head) pairs.
+      slots: slots of a row.
+      block: slots per step.
+      resident: CTAs that fit on one multiprocessor.
+    """
+    wanted = max(1, round(resident * _SMS / rows))
+    return max(1, min(wanted, slots // (4 * block)))
+
+
+def decode_attention_gpu(
+    q: Array,  # [batch, q_heads, tokens, head_dim]
+    store: KVStore,
+    *,
+    lengths: Array,  # int32 [batch, kv_heads]
+    positions: Array | None,  # int32 [batch, kv_heads, slots + residual]
+    q_positions: Array | None,  # int32 [batch, tokens]
+    mask: Array | None,  # bool [batch, tokens, new_tokens]
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    table: Array | None,  # int32 [batch, kv_heads, pages]
+    blocks: Array | None,  # int32 [batch, kv_heads, n_blocks]
+    block_size: int | None,
+    return_mass: bool,
+    splits: int | None = None,
+    stages: int | None = None,
+    block: int | None = None,
+) -> tuple[Array, Array, Array | None]:
+    """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass or None)."""
+    batch, q_heads, tokens, dim = q.shape
+    kv_heads = lengths.shape[1]
+    rows, columns = batch * kv_heads, q_heads // kv_heads * tokens
+    slots = store.slots if table is None else store.slots * table.shape[2]
+    fmt = "half" if store.format == DENSE else store.format
+    block = block or _block(store)
+    plan = step.Plan(
+        fmt=fmt, dtype=_NAMES[q.dtype.name], dim=dim, columns=columns, tokens=tokens, block=block,
+        stages=stages or _stages(fmt, dim, block), scale=scale, softcap=softcap, window=window, group=store.group,
+        meta="f32" if store.k_scale is None else _NAMES[store.k_scale.dtype.name],
+        causal=q_positions is not None, positions=positions is not None,
+        tree=0 if mask is None else mask.shape[2], logits=slots if return_mass else 0,
+    )  # fmt: skip
+    read = slots if blocks is None else blocks.shape[2] * block_size
+    splits = splits or choose_splits(rows, read, block, 8 if fmt == "half" else 6)
+    call = _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size)
+    arrays = {"q": q.reshape(rows, columns, dim), "lengths": lengths.reshape(rows)}
+    for name in store.slot_fields():
+        arrays[name] = _flat(getattr(store, name), name, fmt)
+    if table is not None:
+        arrays["table"] = table.reshape(rows, -1)
+    if blocks is not None:
+        arrays["blocks"] = blocks.reshape(rows, -1)
+        arrays["counts"] = (blocks >= 0).sum(-1, dtype=jnp.int32).reshape(rows)
+    total = lengths if store.res_lengths is None else lengths + store.res_lengths
+    if mask is not None:
+        bits = jnp.uint32(1) << jnp.arange(mask.shape[2], dtype=jnp.uint32)
+        arrays["tree"] = lax.bitcast_convert_type((mask * bits).sum(-1, dtype=jnp.uint32), jnp.int32)
+        arrays["total"] = total.reshape(rows)
+    if q_positions is not None:
+        arrays["q_positions"] = q_positions
+    if positions is not None:
+        arrays["positions"] = positions[..., :slots].reshape(rows, slots)
+    out, lse, *logits = call(arrays)
+    if splits == 1:
+        out, lse = out[:, 0], lse[:, 0]
+    else:
+        out, lse = merge_partials(jnp.moveaxis(out, 1, 0), jnp.moveaxis(lse, 1, 0))
+    grouped = (batch, kv_heads, columns)
+    out, lse = out.reshape(*grouped, dim), lse.reshape(grouped)
+    if store.residual:
+        rest = dict(lengths=lengths, positions=positions, q_positions=q_positions, mask=mask, scale=scale)
+        part = attend_residual(q, store, **rest, window=window, softcap=softcap, slots=slots)
+        out, lse = merge_partials([out, part[0]], [lse, part[1]])
+    mass = None
+    if return_mass:
+        written = jnp.arange(slots) < lengths[..., None]
+        if blocks is not None:
+            written &= _in_blocks(blocks, slots, block_size)
+        values = logits[0].reshape(*grouped, slots) * math.log(2.0)
+        mass = slot_mass(jnp.where(written[:, :, None], values, -jnp.inf), lse, tokens)
+        if store.residual:
+            mass = jnp.concatenate([mass, slot_mass(part[2], lse, tokens)], axis=-1)
+    shape = (batch, q_heads, tokens)
+    return out.reshape(*shape, dim), lse.reshape(shape), mass
+
+
+def _in_blocks(blocks: Array, slots: int, block_size: int) -> Array:
+    """bool [batch, kv_heads, slots]: the slot is in one of the blocks."""
+    n = slots // block_size
+    hit = (blocks[..., None] == jnp.arange(n)).any(2)
+    return jnp.repeat(hit, block_size, axis=-1)
+
+
+def _stages(fmt: str, dim: int, block: int) -> int:
+    """Steps in flight: enough bytes to cover the latency of memory, few enough for several CTAs."""
+    row = 2 * dim * (2 if fmt == "half" else 1)
+    if fmt in PACKED_BITS:
+        row = row * PACKED_BITS[fmt] // 8
+    return max(2, min(6, 65_536 // (row * block) + 1))
+
+
+def _flat(x: Array, name: str, fmt: str) -> Array:
+    """Fields as the kernel's copies slice them: [rows of all, dim], [slots of all], or [heads or pages, groups, n]."""
+    if name in ("k", "v") or (name in ("k_scale", "k_zero") and fmt in PACKED_BITS):
+        return x.reshape(-1, x.shape[-1])
+    if fmt in EIGHT_BIT:
+        return x.reshape(-1)
+    return x.reshape(-1, *x.shape[-2:])
+
+
+def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size):
+    """The kernel as a function of the dict of arrays: (out [rows, splits, columns, dim], lse, logits?)."""
+    page = slots if table is None else store.slots
+    per, block, stages = store.slots_per_row, plan.block, plan.stages
+    unit = min(block, page)
+    copies = block // unit
+    fields = list(store.slot_fields())
+    columns, dim = plan.columns, plan.dim
+    out_type = [
+        jax.ShapeDtypeStruct((rows, splits, columns, dim), jnp.float32),
+        jax.ShapeDtypeStruct((rows, splits, columns), jnp.float32),
+    ]
+    if plan.logits:
+        out_type.append(jax.ShapeDtypeStruct((rows, columns, plan.logits), jnp.float32))
+    scratch = _scratch(plan, store, fields, copies)
+    names = ["q", "lengths", *fields]
+    names += ["table"] if table is not None else []
+    names += ["blocks", "counts"] if blocks is not None else []
+    names += ["tree", "total"] if plan.tree else []
+    names += ["q_positions"] if plan.causal else []
+    names += ["positions"] if plan.positions else []
+
+    def body(*refs, **scr):
+        ref = dict(zip(names, refs))
+        out, lse, *rest = refs[len(names) :]
+        logits = rest[0] if plan.logits else None
+        row, split = lax.axis_index("row"), lax.axis_index("split")
+        length = ref["lengths"][row]
+        if blocks is None:
+            n_steps = lax.div(length + (block - 1), block)
+        else:
+            n_steps = ref["counts"][row] * (block_size // block)
+        start, end = lax.div(split * n_steps, splits), lax.div((split + 1) * n_steps, splits)
+
+        def first_slot(i):
+            if blocks is None:
+                return i * block
+            ratio = block_size // block
+            return ref["blocks"][row, lax.div(i, ratio)] * block_size + lax.rem(i, ratio) * block
+
+        def fetch(i, stage):
+            first = first_slot(i)
+            barrier = scr["barrier"].at[stage]
+            for c in range(copies):
+                slot = first + c * unit
+                if table is None:
+                    base, inside = row, slot
+                else:
+                    safe = jnp.minimum(slot, jnp.maximum(length - 1, 0))
+                    base, inside = ref["table"][row, lax.div(safe, page)], lax.rem(slot, page)
+                for name in fields:
+                    _copy(plan, name, ref[name], scr[name].at[stage], base, inside, page, per, unit, c, barrier)
+            if plan.positions:
+                plgpu.copy_gmem_to_smem(
+                    ref["positions"].at[row, pl.ds(first, block)], scr["positions"].at[stage], barrier
+                )
+
+        for s in range(stages - 1):
+
+            @pl.when(start + s < end)
+            def _(s=s):
+                fetch(start + s, s)
+
+        raw = {n: _raw(r) for n, r in scr.items() if n != "barrier"}
+        _inline(step.load_queries(plan), ref["q"].at[row], raw["q_tile"], raw["p_tile"], raw["column_scales"])
+        state = _inline(step.initial_state(plan), result=plan.state_registers)
+        if plan.packed:
+            pairs = _inline(step.query_pairs(plan), ref["q"].at[row], result=step.query_pair_registers(plan))
+
+        def scale(stage, buffer):
+            plgpu.barrier_wait(scr["barrier"].at[stage])
+            _inline(step.scale_queries(plan), pairs, raw["k_scale"].at[stage], raw["k_zero"].at[stage],
+                    raw["q_tile"], buffer)  # fmt: skip
+
+        if plan.packed:
+
+            @pl.when(start < end)
+            def _():
+                scale(0, 0)
+
+            _inline(_sync)
+
+        def one(i, carry):
+            state, stage, buffer = carry
+            following = jnp.where(stage == stages - 1, 0, stage + 1)
+            if plan.packed:
+
+                @pl.when(i + 1 < end)
+                def _():
+                    scale(following, 1 - buffer)
+
+            else:
+                plgpu.barrier_wait(scr["barrier"].at[stage])
+            args = {n: raw[n].at[stage] for n in fields}
+            args |= {n: raw[n] for n in ("q_tile", "p_tile", "scratch", "column_scales")}
+            if plan.positions:
+                args["positions"] = raw["positions"].at[stage]
+            if plan.causal:
+                args["q_positions"] = ref["q_positions"].at[lax.div(row, kv_heads)]
+            if plan.tree:
+                args["tree"] = ref["tree"].at[lax.div(row, kv_heads)]
+            if plan.logits:
+                args["logits"] = logits.at[row]
+            total = ref["total"][row] if plan.tree else length
+            state = _inline(step.attend_keys(plan), state, first_slot(i), length, total, buffer, args,
+                           result=plan.state_registers)  # fmt: skip
+
+            # Everyone has passed this step's barrier, so that the previous step's stage is free.
+            @pl.when(i + stages - 1 < end)
+            def _():
+                fetch(i + stages - 1, jnp.where(stage == 0, stages - 1, stage - 1))
+
+            state = _inline(step.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
+                            result=plan.state_registers)  # fmt: skip
+            return state, following, 1 - buffer
+
+        state, _, _ = lax.fori_loop(start, end, one, (state, jnp.int32(0), jnp.int32(0)))
+        _inline(step.write_partial(plan), state, raw["scratch"], out.at[row, split], lse.at[row, split])
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(splits, rows),
+        grid_names=("split", "row"),
+        kernel_name=f"decode_attention_{plan.fmt}",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, approx_math=True,
+            reduction_scratch_bytes=0,
+        ),  # fmt: skip
+    )
+    return lambda arrays: kernel(*[arrays[n] for n in names])
+
+
+def _sync(ctx):
+    step.ptx.fence_async()
+    step.ptx.barrier()
+
+
+def _tiling(dtype) -> tuple:
+    size = jnp.dtype(dtype).itemsize
+    return plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128)
+
+
+def _scratch(plan, store, fields, copies) -> dict:
+    """Shared memory: stages of every field, the q and P tiles, and small areas."""
+    stages = plan.stages
+    shapes = {"k": (plan.k_rows, plan.dim), "v": (plan.k_rows, plan.dim)}
+    if plan.split:
+        shapes |= {"k_scale": (plan.block,), "v_scale": (plan.block,)}
+    if plan.packed:
+        shapes |= {n: (plan.key_groups, plan.dim) for n in ("k_scale", "k_zero")}
+        shapes |= {n: (plan.dim // plan.group, plan.block) for n in ("v_scale", "v_zero")}
+    out = {}
+    for name in fields:
+        dtype = getattr(store, name).dtype
+        transforms = _tiling(dtype) if name in ("k", "v") else ()
+        out[name] = plgpu.SMEM((stages, *shapes[name]), dtype, transforms=transforms)
+    q_row = -(-plan.q_dim * plan.q_bytes // 128) * 64
+    p_row = -(-plan.block * 2 // 128) * 64
+    q_copies = 2 * plan.key_groups if plan.packed else 1
+    # The step works on these by address: 16-bit elements stand for their bytes, the tiling for their alignment.
+    swizzled = _tiling(jnp.float16)
+    out["q_tile"] = plgpu.SMEM((q_copies * plan.n_scores, q_row), jnp.float16, transforms=swizzled)
+    out["p_tile"] = plgpu.SMEM((2 * plan.n_values, p_row), jnp.float16, transforms=swizzled)
+    out["scratch"] = plgpu.SMEM((4 * 4 * max(plan.logical, 2),), jnp.float32)
+    out["column_scales"] = plgpu.SMEM((max(plan.n_scores, 32),), jnp.float32)
+    arrivals = copies * len(fields)
+    if plan.positions:
+        out["positions"] = plgpu.SMEM((stages, plan.block), jnp.int32)
+        arrivals += 1
+    out["barrier"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+    return out
+
+
+def _copy(plan, name, source, target, base, inside, page, per, unit, c, barrier) -> None:
+    """Copy one unit of one field: `base` is the page (or the row), `inside` the slot in it."""
+    if name in ("k", "v"):
+        rows = unit // per
+        at = pl.ds(base * (page // per) + lax.div(inside, per), rows)
+        part = target if unit == plan.block else target.at[pl.ds(c * rows, rows)]
+        plgpu.copy_gmem_to_smem(source.at[at], part, barrier)
+    elif plan.split:
+        part = target if unit == plan.block else target.at[pl.ds(c * unit, unit)]
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(base * page + inside, unit)], part, barrier)
+    elif name in ("k_scale", "k_zero"):
+        at = base * (page // plan.group) + lax.div(inside, plan.group)
+        plgpu.copy_gmem_to_smem(source.at[pl.ds(at, plan.key_groups)], target, barrier)
+    else:
+        plgpu.copy_gmem_to_smem(source.at[base, :, pl.ds(inside, unit)], target, barrier)
+
+
+def _inline(body, *args, result: int | None = None):
+    """Call an inline function on refs, scalars and arrays of registers, in the layouts that those have here."""
+    layout = plgpu.Layout.WG_STRIDED
+
+    def kind(x):
+        if isinstance(x, state_types.TransformedRef) or isinstance(jax.typeof(x), state_types.AbstractRef):
+            return plgpu.RefType()
+        shape = jnp.shape(x)
+        return layout(shape, vec_size=1) if shape else plgpu.Layout.WG_SPLAT(())
+
+    ret = None
+    if result is not None:
+        shape = (128 * result,)
+        ret = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout(shape, vec_size=1))
+    return plgpu.inline_mgpu(arg_types=jax.tree.map(kind, args), return_type=ret)(body)(*args)
+
+
+def _raw(x):
+    """The ref as it lies in memory, without the view that undoes its tiling."""
+    return x.ref if isinstance(x, state_types.TransformedRef) else x
