@@ -64,5 +64,5 @@ def test_packed_decode_reads_its_share_of_bf16(rows):
 
 
 def test_unknown_topology_is_one_line():
-    with pytest.raises(ValueError, match="--topology='v9z:2x2': .*examples: v5e:2x4"):
+    with pytest.raises(ValueError, match=r"--topology='v9z:2x2': .*examples: v5e:2x4"):
         aot.devices_of("v9z:2x2")
