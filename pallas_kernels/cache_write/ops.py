@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 
+from pallas_kernels.cache_write import tpu
 from pallas_kernels.cache_write.reference import append_paged_xla, append_xla, compact_xla, copy_pages_xla
-from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+from pallas_kernels.platform import check_dtype, check_shape, choose_implementation, require_platform
 
 Array = jax.Array
 
@@ -18,7 +19,7 @@ def append(cache: Array, new: Array, slots: Array, *, implementation: str | None
       new: [batch, kv_heads, tokens, ...], cast to the cache's dtype.
       slots: int32 [batch, kv_heads, tokens], where each entry goes; -1 or past the end drops the entry. No
         slot may appear twice in a (row, head).
-      implementation: "xla", or None for the best here.
+      implementation: "xla", "mosaic_tpu" (one token at a time), or None for the best here.
 
     Returns: the cache with the entries written.
 
@@ -28,8 +29,12 @@ def append(cache: Array, new: Array, slots: Array, *, implementation: str | None
     check_shape("append", "slots", slots.shape, (*cache.shape[:2], None))
     check_shape("append", "new", new.shape, (*slots.shape, *cache.shape[3:]))
     check_dtype("append", "slots", slots.dtype, ("int32",))
-    choose_implementation("append", implementation, {"xla": None}, ("xla",))
-    return append_xla(cache, new, slots)
+    unsupported = {
+        "mosaic_tpu": require_platform("tpu") or tpu.unsupported(cache, slots),
+        "xla": None,
+    }
+    chosen = choose_implementation("append", implementation, unsupported, ("mosaic_tpu", "xla"))
+    return (tpu.append_tpu if chosen == "mosaic_tpu" else append_xla)(cache, new, slots)
 
 
 def append_paged(

@@ -167,9 +167,10 @@ def _launch(q: Array, plan: Schedule, settings: _Settings):
     per_step = plan.chunks * plan.unit
 
     def unit_of(chunk: int, head, step, scalars):
-        """Pool unit that `chunk` of `step` reads; past the end the last one again, which costs no fetch."""
-        at = scalars[0][head] + step * plan.chunks + chunk
-        at = jnp.minimum(at, jnp.maximum(scalars[1][head] - 1, 0))
+        """Pool unit that `chunk` of `step` reads; past the end its last one again, which costs no fetch."""
+        first, last = scalars[0][head] + chunk, scalars[1][head] - 1
+        step = jnp.minimum(step, jnp.maximum(last - first, 0) // plan.chunks)
+        at = jnp.minimum(first + step * plan.chunks, jnp.maximum(last, 0))
         if plan.units is None:
             return (plan.first_head + head) * plan.units_per_page + at
         return scalars[3][head * plan.max_units + at]
