@@ -29,7 +29,9 @@ class ModelShape:
     q_heads: int
     kv_heads: int
     head_dim: int
-    windows: tuple[int | None, ...]  # per layer: sliding window in tokens (a query sees itself and window-1 before)
+    windows: tuple[
+        int | None, ...
+    ]  # per layer: sliding window in tokens (a query sees itself and window-1 before)
     dtype: str = "float32"  # dtype of keys and values before any codec
     max_context: int = 8192
 
@@ -50,7 +52,7 @@ class AttentionInputs:
     positions: Array  # int32 [batch, tokens]; -1 marks padding; increasing along a row
     hidden: Array | None = None  # [batch, tokens, embed], input of the q/k/v projections (after the norm)
     wo: Array | None = None  # [q_heads, head_dim, embed], output projection
-    inv_freq: Array | None = None  # f32 [head_dim // 2] RoPE frequencies (0 where a channel is not rotated)
+    inv_freq: Array | None = None  # f32 [rotary_dim // 2]; RoPE turns channels i and i + rotary_dim // 2
     layer: int = struct.field(pytree_node=False, default=0)
     scale: float = struct.field(pytree_node=False, default=1.0)  # logits = scale * q.k
     window: int | None = struct.field(pytree_node=False, default=None)  # sliding window in tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
@@ -50,9 +51,31 @@ def choose_implementation(
 
 
 def require_platform(wanted: str) -> str | None:
-    """None if the current trace is for platform `wanted`, else the reason to give for refusing."""
+    """None if a kernel for `wanted` can run in the current trace, else the reason to give for refusing.
+
+    XLA cannot partition a Pallas kernel: under a mesh whose axes it splits by itself a kernel must be called
+    inside `jax.shard_map`, and only XLA implementations run outside.
+    """
     have = target_platform()
-    return None if have == wanted else f"it needs a {wanted.upper()} and this trace is for {have}"
+    if have != wanted:
+        return f"it needs a {wanted.upper()} and this trace is for {have}"
+    mesh = jax.sharding.get_abstract_mesh()
+    split = [
+        name
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+        if size > 1 and kind != jax.sharding.AxisType.Manual
+    ]
+    return f"mesh axes {split} are split by XLA; call it inside jax.shard_map" if split else None
+
+
+def require_hopper() -> str | None:
+    """None if the trace is for a Hopper GPU (compute capability 9.0), else the reason for refusing."""
+    reason = require_platform("gpu")
+    if reason is None:
+        capability = getattr(jax.extend.backend.get_default_device(), "compute_capability", "unknown")
+        if capability != "9.0":
+            reason = f"it needs a Hopper GPU (compute capability 9.0), this one has {capability}"
+    return reason
 
 
 def dot_precision(dtype: jnp.dtype) -> lax.Precision:

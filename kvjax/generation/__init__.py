@@ -1,1 +1,1 @@
-"""kvjax."""
+"""Prefill and decode loops over an explicit cache."""

@@ -6,8 +6,15 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.observe import gpu, tpu
 from pallas_kernels.observe.reference import column_reduce_xla, window_probs_xla
-from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+from pallas_kernels.platform import (
+    check_dtype,
+    check_shape,
+    choose_implementation,
+    require_hopper,
+    require_platform,
+)
 
 Array = jax.Array
 
@@ -42,6 +49,7 @@ def window_probs(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    lse: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Attention probabilities of a few queries on every slot, softmax over all slots each may see.
@@ -54,6 +62,8 @@ def window_probs(
       scale: logits are `scale * q.k`.
       window: sliding window in tokens, or None.
       softcap: logits become `softcap * tanh(logits / softcap)`, or None.
+      lse: f32 [batch, q_heads, queries], the log-sum-exp of these queries from `prefill_attention`, over the
+        same slots; saves the passes of a softmax. None computes it.
       implementation: "xla", or None for the best here.
 
     Returns: f32 [batch, q_heads, queries, slots].
@@ -61,11 +71,12 @@ def window_probs(
     Raises:
       ValueError: shapes or dtypes that do not fit, or an `implementation` that cannot run.
     """
-    _validate("window_probs", q, k, q_positions, k_positions, None)
+    _validate("window_probs", q, k, q_positions, k_positions, lse)
     choose_implementation("window_probs", implementation, {"xla": None}, ("xla",))
     return window_probs_xla(
-        q, k, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window, softcap=softcap
-    )
+        q, k, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window, softcap=softcap,
+        lse=lse,
+    )  # fmt: skip
 
 
 def window_mass(
@@ -77,13 +88,14 @@ def window_mass(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    lse: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
     """`window_probs` summed over the queries: f32 [batch, q_heads, slots], never storing probabilities."""
-    _validate("window_mass", q, k, q_positions, k_positions, None)
+    _validate("window_mass", q, k, q_positions, k_positions, lse)
     return column_mass(
         q, k, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window, softcap=softcap,
-        implementation=implementation,
+        lse=lse, implementation=implementation,
     )  # fmt: skip
 
 
@@ -107,7 +119,8 @@ def column_mass(
     Args: as `prefill_attention`, and
       lse: f32 [batch, q_heads, tokens], the log-sum-exp that `prefill_attention` returned for the same
         operands; saves the kernels a pass. None computes it.
-      implementation: "xla", or None for the best here.
+      implementation: "xla", "mosaic_gpu" (Hopper) and "mosaic_tpu", which need `lse`, or None for the
+        best here.
 
     Returns: f32 [batch, q_heads, slots], the sum over queries of their probability on the slot.
 
@@ -115,7 +128,25 @@ def column_mass(
       ValueError: shapes or dtypes that do not fit, or an `implementation` that cannot run.
     """
     _validate("column_mass", q, k, q_positions, k_positions, lse)
-    choose_implementation("column_mass", implementation, {"xla": None}, ("xla",))
+    refused = require_hopper() or gpu.unsupported(q, lse=lse, scale=scale, causal_aligned=causal_aligned)
+    unsupported = {
+        "mosaic_gpu": refused,
+        "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, lse=lse),
+        "xla": None,
+    }
+    chosen = choose_implementation(
+        "column_mass", implementation, unsupported, ("mosaic_gpu", "mosaic_tpu", "xla")
+    )
+    if chosen == "mosaic_tpu":
+        return tpu.column_mass_tpu(
+            q, k, q_positions=q_positions, k_positions=k_positions, lse=lse, scale=scale, window=window,
+            softcap=softcap, q_segments=q_segments, k_segments=k_segments, causal_aligned=causal_aligned,
+        )  # fmt: skip
+    if chosen == "mosaic_gpu":
+        return gpu.column_mass_gpu(
+            q, k, q_positions=q_positions, lse=lse, scale=scale, window=window, softcap=softcap,
+            q_segments=q_segments,
+        )  # fmt: skip
     return column_reduce_xla(
         lambda probs, _: probs.sum(2), q, k, q_positions=q_positions, k_positions=k_positions, scale=scale,
         lse=lse, window=window, softcap=softcap, q_segments=q_segments, k_segments=k_segments,

@@ -116,8 +116,9 @@ def window_probs_xla(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    lse: Array | None = None,
 ) -> Array:
     """See `ops.window_probs`."""
     with jax.named_scope("window_probs_xla"):
         seen = visible(q_positions, k_positions, window)
-        return block_probabilities(block_scores(q, k, seen, scale=scale, softcap=softcap), None)
+        return block_probabilities(block_scores(q, k, seen, scale=scale, softcap=softcap), lse)

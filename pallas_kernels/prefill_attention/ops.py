@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+from pallas_kernels.platform import (
+    check_dtype,
+    check_shape,
+    choose_implementation,
+    require_hopper,
+    require_platform,
+)
+from pallas_kernels.prefill_attention import gpu, tpu
 from pallas_kernels.prefill_attention.block_table import BlockTable
 from pallas_kernels.prefill_attention.reference import prefill_attention_xla
 
@@ -53,7 +60,8 @@ def prefill_attention(
         implementation skip the upper triangle and the keys before the window.
       blocks: key blocks that each query block of each head reads; None reads all.
       return_lse: also return the log-sum-exp.
-      implementation: "xla", or None for the best that supports the operands on the platform being traced for.
+      implementation: "xla", "mosaic_gpu" (Hopper), "mosaic_tpu", or None for the best that supports the operands on the
+        platform being traced for.
 
     Returns: out [batch, q_heads, tokens, head_dim] in q's dtype, 0 for queries that see nothing; with
     `return_lse` also lse f32 [batch, q_heads, tokens], the natural log of the sum of exp(logits), -inf for
@@ -65,12 +73,25 @@ def prefill_attention(
     _validate(
         q, k, v, q_positions, k_positions, window, softcap, q_segments, k_segments, causal_aligned, blocks
     )
-    choose_implementation(_OP, implementation, {"xla": None}, ("xla",))
-    out, lse = prefill_attention_xla(
-        q, k, v, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window,
-        softcap=softcap, q_segments=q_segments, k_segments=k_segments, causal_aligned=causal_aligned,
-        blocks=blocks,
-    )  # fmt: skip
+    described = dict(scale=scale, causal_aligned=causal_aligned, blocks=blocks)
+    unsupported = {
+        "mosaic_gpu": require_hopper() or gpu.unsupported(q, **described),
+        "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, **described),
+        "xla": None,
+    }
+    chosen = choose_implementation(_OP, implementation, unsupported, ("mosaic_gpu", "mosaic_tpu", "xla"))
+    if chosen == "mosaic_gpu":
+        out, lse = gpu.prefill_attention_gpu(
+            q, k, v, q_positions=q_positions, scale=scale, window=window, softcap=softcap,
+            q_segments=q_segments, blocks=blocks,
+        )  # fmt: skip
+    else:
+        run = tpu.prefill_attention_tpu if chosen == "mosaic_tpu" else prefill_attention_xla
+        out, lse = run(
+            q, k, v, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window,
+            softcap=softcap, q_segments=q_segments, k_segments=k_segments, causal_aligned=causal_aligned,
+            blocks=blocks,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

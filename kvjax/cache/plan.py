@@ -1,0 +1,207 @@
+"""The static side of a cache: which policy, which layout, how many slots per layer.
+
+A `Plan` is hashable and is passed to `jit` as a static argument; it decides every shape. The arrays are in
+`kvjax.cache.state.KVCache`, whose specs derive from the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from kvjax.arrays import ArraySpec, nbytes
+from kvjax.cache.state import KVCache, Layer, Pool, Residual
+from kvjax.codecs.base import Codec, Plain
+from kvjax.policies.base import Policy, specs_of_slot_state
+from kvjax.policies.scorers.recency import Recency
+from kvjax.types import ModelShape
+
+LEAD = ("batch", "kv_heads")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """Shapes of one layer.
+
+    `capacity` is slots per head (Dense) or the width of the page table in slots (Ragged); of a deferred codec it
+    counts encoded slots only, the rest is in the residual window.
+    """
+
+    policy: Policy
+    capacity: int
+    keep_capacity: int  # the most entries that one head keeps when the prompt is compressed
+    ragged: bool = False
+    pages: int = 0  # Ragged: pages that this layer adds to its pool
+    pool: int = 0  # index of the pool that holds the layer's entries
+    shares_pool: bool = False  # layers of this kind are compacted together, after the last
+
+    @property
+    def implied(self) -> bool:
+        """True when no positions are stored: the slots of a deferred codec without eviction are in order."""
+        return self.policy.codec.deferred and not self.policy.compresses
+
+    @property
+    def fixed_limit(self) -> bool:
+        """True when the layer keeps a fixed number of entries while decoding, whatever the prompt."""
+        return self.policy.compresses and self.policy.evict_decode and isinstance(self.policy.budget, int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Static description of a cache.
+
+    prompt: most prompt tokens of a row. reserve: tokens that may be appended after the prompt.
+    page_size: slots per page of the Ragged layout. Rows shorter than `prompt` are fine.
+    """
+
+    policy: Policy
+    shape: ModelShape
+    batch: int
+    prompt: int
+    reserve: int
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1 or self.reserve < 0 or self.batch < 1:
+            raise ValueError(
+                "a cache needs batch >= 1, prompt >= 1 and reserve >= 0, got "
+                f"{self.batch}, {self.prompt}, {self.reserve}"
+            )
+        codec = self.policy.codec
+        if codec.deferred and self.policy.compresses and self.policy.evict_decode:
+            raise ValueError(
+                f"{self.policy.name}: entries that were encoded in groups of {codec.group} behind a window of "
+                f"{codec.residual} cannot be evicted one by one while decoding; use a codec of single tokens "
+                "without a window (int8, fp8, int4 with residual=0), or a method that evicts once, after the prompt"
+            )
+        if self.policy.rerotate and self.policy.compresses:
+            if any(w is not None and w < self.prompt + self.reserve for w in self.shape.windows):
+                raise ValueError(
+                    f"{self.policy.name}: rerotate needs full attention in every layer; this model has sliding windows"
+                )
+        codec.check(self.shape)
+        if self.policy.compresses:
+            self.policy.allocator.check(self.shape)
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """Plans of all layers. Layers that compete for entries (allocator scope 'model') share one pool."""
+        out, shared = [], None
+        for i in range(self.shape.layers):
+            lp = self._layer(i)
+            pool = i
+            together = lp.ragged and lp.policy.allocator.scope == "model"
+            if together:
+                pool = shared = i if shared is None else shared
+            out.append(dataclasses.replace(lp, pool=pool, shares_pool=together))
+        return tuple(out)
+
+    def _layer(self, i: int) -> LayerPlan:
+        policy, total = self.policy, self.prompt + self.reserve
+        window = self.shape.windows[i]
+        if window is not None and window < total:
+            # A sliding layer never needs more than its window: keep the newest, at no loss. The new token makes
+            # `window` visible entries, so window - 1 stay behind.
+            keep = max(window - 1, 1)
+            # It evicts one entry a step, which a deferred codec cannot: such a layer keeps the model's dtype.
+            codec = Plain() if policy.codec.deferred else policy.codec
+            policy = Policy(policy.name, Recency(), codec=codec, budget=keep, evict_decode=True)
+        codec = policy.codec.for_layer(i, self.shape)
+        policy = dataclasses.replace(policy, codec=codec)
+        if not policy.compresses:
+            return LayerPlan(policy, self._slots(codec, total), self.prompt)
+        alloc, mean = policy.allocator, policy.keep(self.prompt)
+        if isinstance(policy.budget, int) and policy.evict_decode:
+            mean = min(policy.budget, total)
+        keep = int(alloc.layer_keep(i, self.shape.layers, mean, self.prompt))
+        grow = policy.spare if policy.evict_decode else self.reserve
+        if not alloc.ragged:
+            return LayerPlan(policy, self._slots(codec, min(keep + grow, total)), min(keep, total))
+        heads, page = self.shape.kv_heads, self.page(codec)
+        head = min(int(alloc.head_capacity(keep, self.prompt, heads)), total)
+        if isinstance(policy.budget, int) and policy.evict_decode:
+            head = max(head, mean)  # a row shorter than the budget grows up to it
+        capacity = self._slots(codec, min(head + grow, total))
+        entries = int(alloc.total_capacity(keep, self.prompt, heads))
+        # Every head owns whole pages: at most one page is partly filled by the prompt, then the reserve follows.
+        pages = self.batch * (entries // page + heads * (1 + -(-(grow + codec.group - 1) // page)))
+        pages = min(pages, self.batch * heads * -(-capacity // page))
+        return LayerPlan(policy, capacity, head, True, pages)
+
+    def _slots(self, codec: Codec, entries: int) -> int:
+        """Slots that `entries` entries a head need: whole blocks of the codec, without what stays unencoded."""
+        if not codec.deferred:
+            return entries
+        return max(1, -(-codec.encoded(entries) // codec.block)) * codec.block
+
+    def page(self, codec: Codec) -> int:
+        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec."""
+        return math.lcm(self.page_size, codec.block)
+
+    @functools.cached_property
+    def pool_specs(self) -> tuple[Pool | None, ...]:
+        """Specs of every pool; None where a layer uses another layer's pool."""
+        pages: dict[int, int] = {}
+        for lp in self.layers:
+            pages[lp.pool] = pages.get(lp.pool, 0) + lp.pages
+        return tuple(
+            self._pool_specs(self.layers[i], pages[i]) if i in pages else None
+            for i in range(self.shape.layers)
+        )
+
+    def specs(self) -> KVCache:
+        """The cache as a pytree of `ArraySpec`."""
+        row = ArraySpec((self.batch,), "int32", ("batch",))
+        layers = tuple(self._layer_specs(i, lp) for i, lp in enumerate(self.layers))
+        return KVCache(layers=layers, pools=self.pool_specs, length=row, next_position=row, expected=row, compressed=row)
+
+    def _pool_specs(self, lp: LayerPlan, pages: int) -> Pool:
+        lead: tuple[int, ...] = (self.batch, self.shape.kv_heads)
+        axes: tuple[str, ...] = (*LEAD, "slots")
+        slots = lp.capacity
+        if lp.ragged:
+            lead, axes, slots = (pages,), ("pages", "page_slots"), self.page(lp.policy.codec)
+        # A deferred codec's entries are never scored again, so that no state follows them.
+        scorer = lp.policy.scorer if lp.policy.compresses and not lp.policy.codec.deferred else None
+        return Pool(
+            store=lp.policy.codec.specs(lead, axes, slots, self.shape.head_dim, self.shape.dtype),
+            pos=None if lp.implied else ArraySpec((*lead, slots), "int32", axes, fill=-1),
+            slot_state=specs_of_slot_state(scorer, (*lead, slots), axes),
+        )
+
+    def _layer_specs(self, i: int, lp: LayerPlan) -> Layer:
+        b, h = self.batch, self.shape.kv_heads
+        head = ArraySpec((b, h), "int32", LEAD)
+        table = None
+        if lp.ragged:
+            width = -(-lp.capacity // self.page(lp.policy.codec))
+            table = ArraySpec((b, h, width), "int32", (*LEAD, None), fill=-1)
+        const = {}
+        if lp.policy.scorer is not None and lp.policy.compresses:
+            for name, value in lp.policy.scorer.constants(i, self.shape).items():
+                value = np.asarray(value)
+                const[name] = ArraySpec(value.shape, value.dtype.name, (None,) * value.ndim)
+        return Layer(
+            table=table, fill=head, next_slot=head, limit=head, const=const, residual=self._residual_specs(lp)
+        )
+
+    def _residual_specs(self, lp: LayerPlan) -> Residual | None:
+        codec, lead = lp.policy.codec, (self.batch, self.shape.kv_heads)
+        if not codec.deferred:
+            return None
+        width = codec.sink + codec.residual
+        axes = (*LEAD, None)  # small: never split over a sequence axis
+        kv = ArraySpec((*lead, width, self.shape.head_dim), self.shape.dtype, (*axes, "head_dim"))
+        pos = None if lp.implied else ArraySpec((*lead, width), "int32", axes, fill=-1)
+        return Residual(k=kv, v=kv, pos=pos, count=ArraySpec(lead, "int32", LEAD))
+
+    def nbytes(self) -> int:
+        """Bytes of the cache as allocated."""
+        return nbytes(self.specs())
+
+    def prompt_only(self) -> Plan:
+        """The same plan without room for generated tokens: what the compressed prompt itself costs."""
+        return dataclasses.replace(self, reserve=0)

@@ -1,0 +1,1 @@
+"""Codecs: how surviving keys and values are stored."""

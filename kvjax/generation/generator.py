@@ -1,0 +1,338 @@
+"""The host side of generation: batches of ragged prompts in, tokens, timings and bytes out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kvjax.cache import ops
+from kvjax.cache.plan import Plan
+from kvjax.cache.state import KVCache
+from kvjax.generation import engine
+from kvjax.generation.buckets import bucket
+from kvjax.generation.sampling import Sampling, batch_sampling
+from kvjax.policies.base import Policy
+
+Tokens = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One row's result. `finish` is 'stop' (a stop token or string) or 'length'."""
+
+    tokens: list[int]
+    prompt_tokens: int
+    finish: str
+
+
+@dataclasses.dataclass
+class Generator:
+    """A model, its weights and a policy, ready to generate.
+
+    lm: see `engine.LanguageModel`. chunk: prefill at most this many tokens at once (None: the whole prompt).
+    mesh: spread over this mesh; params must already be placed. page_size: of the Ragged layout.
+    memory_limit: refuse to allocate a cache of more bytes than this.
+    """
+
+    lm: engine.LanguageModel
+    params: Any
+    policy: Policy
+    chunk: int | None = None
+    mesh: Mesh | None = None
+    page_size: int = 16
+    implementation: str | None = None
+    memory_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"the prefill chunk must be at least 1 token, got {self.chunk}")
+
+    def plan(self, batch: int, prompt: int, reserve: int) -> Plan:
+        """The bucketed plan for `batch` rows of up to `prompt` tokens and `reserve` more."""
+        return Plan(
+            policy=self.policy,
+            shape=self.lm.shape,
+            batch=batch,
+            prompt=bucket(prompt),
+            reserve=bucket(reserve) if reserve else 0,
+            page_size=self.page_size,
+        )
+
+    def full_plan(self, plan: Plan) -> Plan:
+        """The same shapes without compression, for comparison."""
+        return dataclasses.replace(plan, policy=Policy())
+
+    def check(self, lengths: Sequence[int], new: int) -> None:
+        """ValueError for an empty prompt, one that does not fit the context, or a budget below what is protected."""
+        limit = self.lm.shape.max_context
+        for i, n in enumerate(lengths):
+            if n < 1:
+                raise ValueError(f"prompt {i} is empty: it has no tokens")
+            if n > limit:
+                raise ValueError(
+                    f"prompt {i} has {n} tokens, the model's context is {limit}; nothing was truncated"
+                )
+            if n + new > limit:
+                raise ValueError(
+                    f"prompt {i} has {n} tokens and {new} more may follow, the model's context is {limit}; "
+                    f"ask for at most {limit - n} new tokens"
+                )
+            if self.policy.compresses and self.policy.keep(n) < min(self.policy.protected, n):
+                raise ValueError(
+                    f"{self.policy.name}: the budget keeps {self.policy.keep(n)} of {n} entries, below the "
+                    f"{self.policy.protected} that are always kept (sink={self.policy.sink} + "
+                    f"recent={self.policy.recent}); raise budget or lower them"
+                )
+
+    def prefill(self, prompts: Sequence[Tokens], reserve: int = 0) -> Session:
+        """Run the prompts through the model into a compressed cache with room for `reserve` more tokens a row."""
+        lengths = [len(p) for p in prompts]
+        if not lengths:
+            raise ValueError("no prompt was given")
+        self.check(lengths, reserve)
+        plan = self.plan(len(prompts), max(lengths), reserve)
+        need = plan.nbytes()
+        if self.memory_limit is not None and need > self.memory_limit:
+            raise MemoryError(
+                f"the cache needs {need:,} bytes ({len(prompts)} rows of {plan.prompt}+{plan.reserve} tokens, "
+                f"policy {self.policy.name}), {self.memory_limit:,} are available"
+            )
+        start = time.perf_counter()
+        with self._context(), _memory(need):
+            logits, cache = self._prefill(plan, prompts)
+            logits.block_until_ready()
+        return Session(self, plan, cache, logits, lengths, time.perf_counter() - start)
+
+    def _prefill(self, plan: Plan, prompts: Sequence[Tokens]) -> tuple[jax.Array, KVCache]:
+        longest = max(len(p) for p in prompts)
+        if self.chunk is None or longest <= self.chunk:
+            tokens, positions = pad_right(prompts, plan.prompt)
+            return engine.prefill(
+                self.lm, plan, self.params, tokens, positions, implementation=self.implementation
+            )
+        cache = jax.jit(ops.empty, static_argnums=0)(plan)
+        cache = cache.replace(expected=jnp.asarray([len(p) for p in prompts], jnp.int32))
+        tokens, positions = pad_right(prompts, -(-longest // self.chunk) * self.chunk)
+        logits = None
+        for at in range(0, tokens.shape[1], self.chunk):
+            part = slice(at, at + self.chunk)
+            new, cache = engine.extend(
+                self.lm,
+                plan,
+                self.params,
+                cache,
+                tokens[:, part],
+                positions[:, part],
+                compress=True,
+                implementation=self.implementation,
+            )
+            ends = (positions[:, part] >= 0).any(axis=1)[:, None]
+            logits = new if logits is None else jnp.where(ends, new, logits)
+        assert logits is not None
+        return logits, cache
+
+    def generate(
+        self,
+        prompts: Sequence[Tokens],
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        stop_tokens: Sequence[int] = (),
+        stop: Callable[[int, list[int]], bool] | None = None,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+    ) -> tuple[list[Output], Session]:
+        """Prefill, then decode. See `Session.decode` for the arguments."""
+        if not prompts:
+            raise ValueError("no prompt was given")
+        new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if any(n < 1 for n in new):
+            raise ValueError(f"max_new_tokens must be at least 1, got {min(new)}")
+        session = self.prefill(prompts, max(new))
+        return session.decode(new, sampling, stop_tokens, stop, on_tokens, prompts), session
+
+    @contextlib.contextmanager
+    def _context(self) -> Iterator[None]:
+        if self.mesh is None:
+            yield
+        else:
+            with jax.set_mesh(self.mesh):
+                yield
+
+
+@dataclasses.dataclass
+class Session:
+    """A filled cache that can be extended and decoded. Its buffers are donated to each call in turn."""
+
+    generator: Generator
+    plan: Plan
+    cache: KVCache
+    logits: jax.Array  # f32 [batch, vocab] after the last token of each row
+    lengths: list[int]  # prompt tokens of each row
+    prefill_s: float
+    decode_s: float = 0.0
+    new_tokens: int = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the compressed prompt, as allocated (room for generated tokens not counted)."""
+        return self.plan.prompt_only().nbytes()
+
+    @property
+    def full_cache_bytes(self) -> int:
+        """Bytes that the uncompressed prompt would take."""
+        return self.generator.full_plan(self.plan).prompt_only().nbytes()
+
+    def extend(self, more: Sequence[Tokens]) -> None:
+        """Append tokens to every row (a question after its context). Not compressed, except that policies which
+        evict while decoding stay at their budget. A row's list may be empty."""
+        longest = max(len(m) for m in more)
+        if longest == 0:
+            return
+        g = self.generator
+        g.check([n + len(m) for n, m in zip(self.lengths, more)], 0)
+        for n, m in zip(self.lengths, more):
+            if n + len(m) > self.plan.prompt + self.plan.reserve:
+                raise ValueError(f"{len(m)} more tokens do not fit: {self.plan.reserve} were reserved")
+        tokens, positions = pad_right(more, bucket(longest))
+        starts = np.asarray(self.cache.next_position)[:, None]
+        positions = np.where(positions >= 0, positions + starts, -1)
+        start = time.perf_counter()
+        with g._context():
+            new, self.cache = engine.extend(
+                g.lm,
+                self.plan,
+                g.params,
+                self.cache,
+                tokens,
+                positions,
+                compress=False,
+                implementation=g.implementation,
+            )
+            has = np.asarray([len(m) > 0 for m in more])[:, None]
+            self.logits = jnp.where(has, new, self.logits)
+            self.logits.block_until_ready()
+        self.lengths = [n + len(m) for n, m in zip(self.lengths, more)]
+        self.prefill_s += time.perf_counter() - start
+
+    def decode(
+        self,
+        max_new_tokens: Sequence[int],
+        sampling: Sampling | Sequence[Sampling] = Sampling(),
+        stop_tokens: Sequence[int] = (),
+        stop: Callable[[int, list[int]], bool] | None = None,
+        on_tokens: Callable[[int, list[int]], None] | None = None,
+        prompts: Sequence[Tokens] | None = None,
+        every: int = 16,
+    ) -> list[Output]:
+        """Generate up to max_new_tokens[i] tokens for row i; consumes the session.
+
+        stop_tokens end a row inside the device loop (the token is dropped from the output). stop(row, tokens) is
+        asked every `every` tokens, for conditions on text; on_tokens(row, new) streams. Without either the whole
+        generation is one device loop. One Sampling serves all rows with seeds seed, seed+1, ...; a sequence
+        gives each row its own. prompts: needed for the repetition penalty only.
+        """
+        g, batch = self.generator, self.plan.batch
+        limits = np.asarray(max_new_tokens, np.int32)
+        for n, new in zip(self.lengths, limits):
+            if n + new > self.plan.prompt + self.plan.reserve:
+                raise ValueError(f"{new} new tokens do not fit: {self.plan.reserve} were reserved")
+        if isinstance(sampling, Sampling):
+            sampling = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(batch)]
+        settings = batch_sampling(sampling)
+        seen = None
+        if settings.penalize:
+            if prompts is None:
+                raise ValueError("repetition_penalty needs the prompts' tokens")
+            mask = np.zeros((batch, self.logits.shape[-1]), bool)
+            for i, p in enumerate(prompts):
+                mask[i, np.asarray(p)] = True
+            seen = jnp.asarray(mask)
+        stops = np.full((max(8, len(stop_tokens)),), -1, np.int32)
+        stops[: len(stop_tokens)] = list(stop_tokens)
+        room = self.plan.reserve  # not the limits: requests of one plan share one program
+        streaming = stop is not None or on_tokens is not None
+        start = time.perf_counter()
+        shown, ended = [0] * batch, [False] * batch
+        with g._context():
+            state = engine.begin(self.cache, self.logits, settings, stops, limits, seen, room=room)
+            while True:
+                if streaming:
+                    self._report(state, stops, shown, ended, stop, on_tokens)
+                    state = state.replace(done=state.done | jnp.asarray(ended))
+                if bool(jnp.all(state.done)):
+                    break
+                steps = np.int32(every if streaming else room)
+                state = engine.decode(
+                    g.lm,
+                    self.plan,
+                    g.params,
+                    state,
+                    settings,
+                    stops,
+                    limits,
+                    steps,
+                    implementation=g.implementation,
+                )
+            state.tokens.block_until_ready()
+        self.cache = state.cache
+        self.decode_s = time.perf_counter() - start
+        tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
+        self.new_tokens = int(counts.sum())
+        out = []
+        for i in range(batch):
+            row = [int(t) for t in tokens[i, : counts[i]]]
+            stopped = bool(row) and row[-1] in set(stop_tokens)
+            finish = "stop" if stopped or ended[i] else "length"
+            out.append(Output(row[:-1] if stopped else row, self.lengths[i], finish))
+        return out
+
+    def _report(
+        self,
+        state: engine.DecodeState,
+        stops: np.ndarray,
+        shown: list[int],
+        ended: list[bool],
+        stop: Callable[[int, list[int]], bool] | None,
+        on_tokens: Callable[[int, list[int]], None] | None,
+    ) -> None:
+        tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
+        for i in range(len(shown)):
+            row = [int(t) for t in tokens[i, : counts[i]]]
+            if row and row[-1] in stops:
+                row = row[:-1]
+            if ended[i] or len(row) <= shown[i]:
+                continue
+            if on_tokens is not None:
+                on_tokens(i, row[shown[i] :])
+            shown[i] = len(row)
+            if stop is not None and stop(i, row):
+                ended[i] = True
+
+
+def pad_right(rows: Sequence[Tokens], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, positions) int32 [batch, width]; padding has token 0 and position -1."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    positions = np.full((len(rows), width), -1, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = np.asarray(row, np.int32)
+        positions[i, : len(row)] = np.arange(len(row))
+    return tokens, positions
+
+
+@contextlib.contextmanager
+def _memory(need: int) -> Iterator[None]:
+    """Turn the runtime's out-of-memory error into a MemoryError that gives the cache's bytes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        first = str(e).splitlines()[0]
+        raise MemoryError(f"out of device memory; the cache asked for {need:,} bytes ({first})") from None

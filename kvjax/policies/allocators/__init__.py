@@ -1,0 +1,1 @@
+"""Allocators: how many entries does each layer and KV head keep?"""

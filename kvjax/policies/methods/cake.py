@@ -1,0 +1,39 @@
+"""CAKE."""
+
+from kvjax.policies.allocators.layers import Preference
+from kvjax.policies.base import Policy
+from kvjax.policies.composing import scoring, wrap
+from kvjax.policies.registry import Budget, method
+from kvjax.policies.scorers.temporal import MeanVariance
+
+
+@method(
+    title="CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences",
+    arxiv="2503.12491",
+    tiny=dict(window=4, kernel=3),
+)
+def cake(
+    scorer: Policy | str | None = None,
+    budget: Budget | None = None,
+    window: int = 32,
+    kernel: int = 5,
+    gamma: float = 200.0,
+    tau1: float = 1.0,
+    tau2: float = 1.0,
+    evict_decode: bool | None = None,
+) -> Policy:
+    """Layers share the budget by how dispersed and how changing their attention is; entries by mean and variance.
+
+    P_l = H^(1/tau1) V^(1/tau2) of the window's attention (entropy, variance over queries); b_l in proportion.
+    score = avgpool_kernel( mean_i A + gamma Var_i A ), mean over the group. The authors shrink earlier layers
+    again after each layer (cascading); here layers wait, each with the candidates that it could keep at most, and
+    are cut once, which keeps the same entries. Decoding evicts by the attention of the new query.
+    """
+    if window < 2 or kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"cake: window must be at least 2 and kernel odd, got window={window}, kernel={kernel}")
+    if min(tau1, tau2) <= 0 or gamma < 0:
+        raise ValueError(f"cake: tau1 and tau2 must be positive and gamma not negative, got {tau1}, {tau2}, {gamma}")
+    own = Policy(scorer=MeanVariance(window, kernel, gamma), budget=0.5, recent=window, evict_decode=True)
+    inner = scoring("cake", scorer, own)
+    fields = {} if evict_decode is None else {"evict_decode": evict_decode}
+    return wrap(inner, scorer is not None, budget, allocator=Preference(window, tau1, tau2), **fields)

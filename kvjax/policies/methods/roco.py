@@ -1,0 +1,34 @@
+"""RoCo."""
+
+from kvjax.policies.base import Policy
+from kvjax.policies.registry import Budget, method
+from kvjax.policies.scorers.statistics import MeanAndDeviation
+
+
+@method(
+    title="On the Efficacy of Eviction Policy for Key-Value Constrained Generative LM Inference",
+    arxiv="2402.06262",
+    tiny=dict(recent=4, sink=2),
+)
+def roco(
+    budget: Budget = 0.5,
+    sink: int = 4,
+    recent: int = 10,
+    prefill_share: float = 0.1,
+    decode_share: float = 0.3,
+    evict_decode: bool = True,
+) -> Policy:
+    """Entries with the lowest mean attention leave, but those whose attention varies most are spared.
+
+    mu = S1 / c, sigma = sqrt(S2 / c - mu^2) over the c queries that saw the entry (mean over the group first). The
+    int(share * budget) entries of largest sigma are protected; the rest is ranked by mu. The paper's code evicts
+    only generated tokens while decoding; here every entry competes.
+    """
+    return Policy(
+        scorer=MeanAndDeviation(prefill_share, decode_share),
+        budget=budget,
+        sink=sink,
+        recent=recent,
+        evict_decode=evict_decode,
+        explicit=frozenset({"scorer"}),
+    )

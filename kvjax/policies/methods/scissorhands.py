@@ -1,0 +1,30 @@
+"""Scissorhands."""
+
+from kvjax.policies.base import Policy
+from kvjax.policies.registry import Budget, method
+from kvjax.policies.scorers.statistics import Persistence
+
+
+@method(
+    title="Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache Compression",
+    arxiv="2305.17118",
+    tiny=dict(window=16, recent=4),
+)
+def scissorhands(
+    budget: Budget = 0.5, window: int = 400, recent: int = 10, evict_decode: bool = True
+) -> Policy:
+    """Entries that were important to most of the last `window` queries stay: importance persists.
+
+    score[j] = #{i in window: A[i, j] >= 1 / (entries visible to i)} / queries that saw j, mean attention over the
+    group; one bit per query and entry is stored. Uniform over layers (the paper gives later layers more; compose
+    with a layer allocator).
+    """
+    if window < 1:
+        raise ValueError(f"scissorhands: window must be at least 1 query, got {window}")
+    return Policy(
+        scorer=Persistence(window),
+        budget=budget,
+        recent=recent,
+        evict_decode=evict_decode,
+        explicit=frozenset({"scorer"}),
+    )

@@ -1,0 +1,1 @@
+"""Scorers: how important is each stored entry?"""

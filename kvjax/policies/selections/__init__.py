@@ -1,0 +1,1 @@
+"""Selection units: which entries survive, given scores and counts."""

@@ -1,0 +1,1 @@
+"""Quality against bytes: tasks, scoring, a store that resumes, tables and plots."""

@@ -1,0 +1,121 @@
+"""Samples through a model: contexts compressed in a batch, then questions, then greedy answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import policies
+from kvjax.generation import engine
+from kvjax.generation.buckets import bucket
+from kvjax.generation.generator import Generator, pad_right
+from kvjax.generation.generator import Session as Filled
+from launch.evaluation.runner import Cost
+from launch.evaluation.samples import Sample
+from launch.evaluation.tasks import Window
+from launch.session import Session, compilations, on_mesh
+
+
+class ModelEngine:
+    """`runner.Engine` on a loaded model.
+
+    query_aware: compress context and question together, all but the question's last token. Otherwise the
+    context is compressed alone, and the policy cannot know what will be asked.
+    """
+
+    def __init__(self, session: Session, *, query_aware: bool = False) -> None:
+        self.session, self.query_aware = session, query_aware
+        self._generators: dict[str, Generator] = {}
+
+    def _generator(self, policy: str) -> Generator:
+        if policy not in self._generators:
+            self._generators = {policy: self.session.generator(policies.parse(policy))}
+        return self._generators[policy]
+
+    def split(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Tokens that are compressed, and tokens that follow."""
+        context = self.session.begin() + self.session.encode(sample.context)
+        question = self.session.encode(sample.question)
+        if not question:
+            raise ValueError(f"{sample.task}: a sample has an empty question")
+        return (context + question[:-1], question[-1:]) if self.query_aware else (context, question)
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """ValueError when a sample with its answer is longer than the model's context."""
+        limit = self.session.lm.shape.max_context
+        for sample in samples:
+            need = sum(len(part) for part in self.split(sample)) + sample.max_new_tokens
+            if need > limit:
+                raise ValueError(
+                    f"{sample.task}: a sample needs {need} tokens with its answer, "
+                    f"{self.session.model.name} has a context of {limit}; nothing was truncated"
+                )
+
+    def answer(self, policy: str, samples: Sequence[Sample]) -> tuple[list[str], Cost]:
+        """Greedy answers, one a sample."""
+        tokenizer = self.session.model.tokenizer
+        before = compilations()
+        contexts, questions = zip(*(self.split(s) for s in samples))
+        limits = [s.max_new_tokens for s in samples]
+        # One size for all tasks, so that they share compiled programs.
+        room = max(bucket(max(len(q) for q in questions), 64) + max(limits), 192)
+        filled = self._generator(policy).prefill(contexts, room)
+        filled.extend(questions)
+        outputs = filled.decode(limits, stop_tokens=tokenizer.eos_ids)
+        return [tokenizer.decode(o.tokens) for o in outputs], self._cost(filled, before)
+
+    def negative_log_likelihood(self, policy: str, windows: Sequence[Window]) -> tuple[list[float], Cost]:
+        """Mean over each window's targets, in nats: context compressed, targets fed as given."""
+        before = compilations()
+        generator = self._generator(policy)
+        contexts = [self.session.begin() + list(w.context) for w in windows]
+        targets = [list(w.targets) for w in windows]
+        width = bucket(max(len(t) for t in targets), 32)
+        generator.check([len(c) + len(t) for c, t in zip(contexts, targets)], 0)
+        filled = generator.prefill(contexts, width)
+        tokens, positions = pad_right([t[:-1] for t in targets], width)
+        starts = np.asarray(filled.cache.next_position)[:, None]
+        start = time.perf_counter()
+        with on_mesh(generator.mesh):
+            logits, filled.cache = engine.extend(
+                generator.lm,
+                filled.plan,
+                generator.params,
+                filled.cache,
+                tokens,
+                np.where(positions >= 0, positions + starts, -1),
+                compress=False,
+                all_logits=True,
+                implementation=generator.implementation,
+            )
+            wanted = pad_right(targets, width)
+            losses = np.asarray(_losses(filled.logits, logits, *wanted))
+        filled.decode_s = time.perf_counter() - start
+        return [float(x) for x in losses], self._cost(filled, before)
+
+    def _cost(self, filled: Filled, before: int) -> Cost:
+        return Cost(
+            cache_bytes=filled.cache_bytes,
+            full_cache_bytes=filled.full_cache_bytes,
+            read_fraction=1.0,
+            prefill_s=filled.prefill_s,
+            decode_s=filled.decode_s,
+            warm=compilations() == before,
+        )
+
+
+@jax.jit
+def _losses(first: jax.Array, rest: jax.Array, targets: jax.Array, positions: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood f32 [batch] of targets [batch, tokens] (position -1 = padding).
+
+    first f32 [batch, vocab] predicts targets[:, 0]; rest f32 [batch, tokens, vocab] the ones that follow.
+    """
+    logits = jnp.concatenate([first[:, None], rest[:, :-1]], axis=1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+    valid = positions >= 0
+    return jnp.sum(jnp.where(valid, losses, 0.0), axis=1) / jnp.sum(valid, axis=1)

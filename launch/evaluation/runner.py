@@ -1,0 +1,108 @@
+"""Every policy on every task, batch by batch, reusing what a results store already holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from launch.evaluation.results import Record, Store, key_of, row_of
+from launch.evaluation.samples import Sample, string_match
+from launch.evaluation.tasks import PERPLEXITY, Task, Window
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a batch cost, all rows together. read_fraction: share of stored entries read per step."""
+
+    cache_bytes: int
+    full_cache_bytes: int
+    read_fraction: float
+    prefill_s: float
+    decode_s: float
+    warm: bool  # nothing was compiled
+
+
+class Engine(Protocol):
+    """A model that answers questions on compressed contexts."""
+
+    def answer(self, policy: str, samples: Sequence[Sample]) -> tuple[list[str], Cost]:
+        """Greedy answers, one a sample."""
+
+    def negative_log_likelihood(self, policy: str, windows: Sequence[Window]) -> tuple[list[float], Cost]:
+        """Mean over each window's targets, in nats."""
+
+
+def evaluate(
+    engine: Engine,
+    tasks: Sequence[Task],
+    policies: Sequence[str],
+    store: Store,
+    settings: dict[str, Any],
+    *,
+    batch: int,
+    advance: Callable[[int], Any] = lambda samples: None,
+) -> list[Row]:
+    """Rows policy by policy, task by task; the results file is rewritten after each row.
+
+    settings: everything besides policy and sample that a record depends on (model fingerprint, dtype, ...).
+    advance: called with the number of samples done, for a progress bar.
+    """
+    rows: list[Row] = []
+    for policy in policies:
+        for task in tasks:
+            records = _records(engine, task, policy, store, settings, batch, advance)
+            row = row_of(policy, task.name, task.metric, records)
+            if task.metric == PERPLEXITY:
+                row["score"] = math.exp(row["score"])
+            rows.append(row)
+            store.write_rows(rows)
+    return rows
+
+
+def _records(
+    engine: Engine,
+    task: Task,
+    policy: str,
+    store: Store,
+    settings: dict[str, Any],
+    batch: int,
+    advance: Callable[[int], Any],
+) -> list[Record]:
+    keys = [key_of(policy=policy, task=task.name, sample=item.digest(), **settings) for item in task.items]
+    missing = [(key, item) for key, item in zip(keys, task.items) if store.get(key) is None]
+    advance(len(keys) - len(missing))
+    for start in range(0, len(missing), batch):
+        part = missing[start : start + batch]
+        done = _score(engine, task, policy, [item for _, item in part])
+        store.add({key: record for (key, _), record in zip(part, done)})
+        advance(len(part))
+    found = [store.get(key) for key in keys]
+    return [record for record in found if record is not None]
+
+
+def _score(engine: Engine, task: Task, policy: str, items: Sequence[Any]) -> list[Record]:
+    if task.metric == PERPLEXITY:
+        scores, cost = engine.negative_log_likelihood(policy, items)
+        weights = [float(len(w.targets)) for w in items]
+    else:
+        texts, cost = engine.answer(policy, items)
+        scores = [100.0 * string_match(text, item.answers) for text, item in zip(texts, items)]
+        weights = [1.0] * len(items)
+    share = 1.0 / len(items)
+    return [
+        Record(
+            score=score,
+            weight=weight,
+            cache_bytes=cost.cache_bytes * share,
+            full_cache_bytes=cost.full_cache_bytes * share,
+            read_fraction=cost.read_fraction,
+            prefill_s=cost.prefill_s * share,
+            decode_s=cost.decode_s * share,
+            warm=cost.warm,
+        )
+        for score, weight in zip(scores, weights)
+    ]
