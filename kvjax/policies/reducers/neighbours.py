@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvjax.policies.base import LIFTED, Array, Reducer
+from kvjax.policies.base import PROTECTED, Array, Reducer
 from kvjax.policies.observation import Observation
 from kvjax.policies.ordering import hash_uniform, take, time_order, time_rank
 from kvjax.policies.reducers.nearest import blend, fold, gather, losers, unit
@@ -93,7 +93,7 @@ class GaussianSets(Reducer):
         keys = take(unit(obs.k), order)
         cosine = jnp.sum(keys[:, :, 1:] * keys[:, :, :-1], axis=-1)
         cosine = jnp.pad(cosine, ((0, 0), (0, 0), (1, 0)), constant_values=-1.0)
-        alone = take(scores >= LIFTED, order)
+        alone = take(scores >= PROTECTED, order)
         split = alone | jnp.pad(alone, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
         place = anchors(obs, index, connected=(cosine >= self.threshold) & ~split)
         joined = losers(obs, index) & (place >= 0)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from kvjax.policies.base import LIFTED, Array, Reducer
+from kvjax.policies.base import PROTECTED, Array, Reducer
 from kvjax.policies.observation import Observation
 from kvjax.policies.reducers.nearest import blend, fold, gather, losers, nearest
 
@@ -94,10 +94,10 @@ class EvictThenMerge(Reducer):
         rank = jnp.argsort(jnp.argsort(jnp.where(lost, -scores, jnp.inf), axis=-1, stable=True), axis=-1)
         candidate = lost & (rank < kept * round(self.sources * 1000) // 1000)
         cosine, place = nearest(obs.k, k, usable)
-        free = obs.valid & (scores < LIFTED)
+        free = obs.valid & (scores < PROTECTED)
         low = jnp.min(jnp.where(free, scores, jnp.inf), axis=-1, keepdims=True)
         mass = jnp.where(free, scores - jnp.minimum(low, 0.0), 0.0) + 1e-6
-        mass = jnp.where(scores >= LIFTED, jnp.max(mass, axis=-1, keepdims=True), mass)
+        mass = jnp.where(scores >= PROTECTED, jnp.max(mass, axis=-1, keepdims=True), mass)
         weight = jnp.where(candidate & (cosine >= self.threshold), mass, 0.0)
         own = jnp.where(usable, gather(mass, index), 1.0)
         out = []
