@@ -132,10 +132,12 @@ class Plan:
         return LayerPlan(policy, capacity, head, True, pages)
 
     def _slots(self, codec: Codec, entries: int) -> int:
-        """Slots that `entries` entries a head need: whole blocks of the codec, without what stays unencoded."""
-        if not codec.deferred:
-            return entries
-        return max(1, -(-codec.encoded(entries) // codec.block)) * codec.block
+        """Slots that `entries` entries a head need: whole blocks of the codec, without what stays unencoded.
+
+        Also whole tiles of 8 slots: the copy engines of GPU and TPU address no less.
+        """
+        block = math.lcm(codec.block, 8)
+        return max(1, -(-(codec.encoded(entries) if codec.deferred else entries) // block)) * block
 
     def page(self, codec: Codec) -> int:
         """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec."""

@@ -47,6 +47,8 @@ def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block
         return f"page_size={store.slots}; format {store.format!r} needs multiples of {least}"
     if table is not None and store.format == DENSE and store.slots % 8:
         return f"page_size={store.slots}; multiples of 8 are supported"
+    if table is None and slots % 8:
+        return f"{slots} slots; multiples of 8 are supported, since heads start at tiles of 8 rows"
     if store.format != DENSE and table is None and slots % least:
         return f"{slots} slots; format {store.format!r} needs multiples of {least}"
     if blocks is not None and block_size % least:
