@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.backend import get_default_device
 
-from pallas_kernels.decode_attention import gpu
+from pallas_kernels.decode_attention import gpu, tpu
 from pallas_kernels.decode_attention.reference import decode_attention_xla
 from pallas_kernels.formats import DENSE, EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, pack_block
-from pallas_kernels.platform import check_dtype, check_shape, choose_implementation, require_platform
+from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+from pallas_kernels.platform import require_hopper, require_platform
 
 Array = jax.Array
 MAX_TOKENS = 16
@@ -86,10 +86,18 @@ def decode_attention(
         window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
         return_mass=return_mass,
     )  # fmt: skip
-    on_gpu = require_hopper() or gpu.unsupported(q, kv, **args)
-    reasons = {"xla": None, "mosaic_gpu": on_gpu, "mosaic_tpu": require_platform("tpu") or "it is not built yet"}
-    chosen = choose_implementation(_OP, implementation, reasons, ("mosaic_gpu", "xla"))
-    run = {"xla": decode_attention_xla, "mosaic_gpu": gpu.decode_attention_gpu}[chosen]
+    layout = dict(table=table, blocks=blocks, block_size=block_size)
+    reasons = {
+        "mosaic_gpu": require_hopper() or gpu.unsupported(q, kv, lengths=lengths, mask=mask, **layout),
+        "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, kv, **layout),
+        "xla": None,
+    }
+    chosen = choose_implementation(_OP, implementation, reasons, tuple(reasons))
+    run = {
+        "xla": decode_attention_xla,
+        "mosaic_gpu": gpu.decode_attention_gpu,
+        "mosaic_tpu": tpu.decode_attention_tpu,
+    }[chosen]
     with jax.named_scope(_OP):
         out, lse, mass = run(q, kv, **args)
     if not return_lse:
@@ -97,15 +105,6 @@ def decode_attention(
     if not (return_lse or return_mass):
         return out
     return DecodeOut(out, lse if return_lse else None, mass)
-
-
-def require_hopper() -> str | None:
-    """None if the current trace is for a Hopper GPU, else why the Mosaic GPU kernel cannot run."""
-    reason = require_platform("gpu")
-    if reason is not None:
-        return reason
-    capability = str(getattr(get_default_device(), "compute_capability", ""))
-    return None if capability.startswith("9.") else f"it needs a Hopper GPU; this one has capability {capability}"
 
 
 def _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size) -> None:

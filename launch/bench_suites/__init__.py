@@ -1,0 +1,1 @@
+"""Benchmark suites: each module has `rows()`, an iterator of result rows."""

@@ -1,0 +1,74 @@
+"""How the suites time a call, and the row they report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+Row = dict[str, Any]
+
+_SPAN = 0.2  # seconds of work per measurement
+_REPEATS = 3
+
+
+def own_name() -> str:
+    """What `implementation=None` chooses here for the operands of the suites."""
+    return {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend(), "xla")
+
+
+def measure(fn: Callable[..., Any], *args: Any) -> float:
+    """Seconds per call: the median over runs of many calls that the host issues without waiting."""
+    jax.block_until_ready(fn(*args))
+    return _median(lambda: fn(*args), jax.block_until_ready)
+
+
+def measure_torch(torch: Any, fn: Callable[[], Any]) -> float:
+    """The same for a torch call on the GPU."""
+    fn()
+    torch.cuda.synchronize()
+    return _median(fn, lambda _: torch.cuda.synchronize())
+
+
+def _median(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
+    start = time.perf_counter()
+    wait(call())
+    once = time.perf_counter() - start
+    count = int(np.clip(_SPAN / max(once, 1e-6), 2, 200))
+    spans = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        for _ in range(count):
+            result = call()
+        wait(result)
+        spans.append((time.perf_counter() - start) / count)
+    return float(np.median(spans))
+
+
+def row(
+    name: str, shape: Sequence[int], dtype: Any, implementation: str, seconds: float,
+    *, flops: float | None = None, moved: float | None = None,
+) -> Row:  # fmt: skip
+    """A row of `launch.bench`; `fraction_of_copy` is filled in by the command, which measures the copy."""
+    return {
+        "name": name,
+        "shape": "x".join(map(str, shape)),
+        "dtype": str(dtype),
+        "implementation": implementation,
+        "us": seconds * 1e6,
+        "gb_per_s": None if moved is None else moved / seconds / 1e9,
+        "tflop_per_s": None if flops is None else flops / seconds / 1e12,
+        "fraction_of_copy": None,
+    }
+
+
+def torch_with_gpu() -> Any | None:
+    """The torch module if it is installed and sees a GPU, else None."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch if torch.cuda.is_available() else None
