@@ -23,7 +23,7 @@ _MAX_COLUMNS = 64
 _MAX_TREE = 32
 
 
-def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block_size, **_) -> str | None:
+def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block_size) -> str | None:
     """Why the kernel cannot run on these operands, or None if it can."""
     batch, q_heads, tokens, dim = q.shape
     columns = q_heads // lengths.shape[1] * tokens
