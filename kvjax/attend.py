@@ -219,7 +219,7 @@ def keep_best(
             limit = _limit(plan, i, counts, length)
         else:
             # Heads of different sizes keep theirs: a common size would overflow the pool.
-            if lp.fixed_limit and (fresh or not lp.ragged):
+            if lp.fixed_limit and policy.room is None and (fresh or not lp.ragged):
                 limit = jnp.full_like(limit, policy.budget if lp.ragged else lp.keep_capacity)
             counts = limit
     pending = Pending(entries, scores, obs, counts=counts, limit=limit)

@@ -59,7 +59,9 @@ def array(path: str, name: str) -> np.ndarray:
     """One array of a calibration file, whatever model it belongs to; ValueError when it is missing."""
     arrays = load(path)
     if name not in arrays:
-        raise ValueError(f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}")
+        raise ValueError(
+            f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}"
+        )
     return arrays[name]
 
 

@@ -31,7 +31,9 @@ def d2o(
     without merging; the authors' moving threshold is the mean of each call here.
     """
     if min(first, last) < 0 or weights not in ("cosine", "normalised"):
-        raise ValueError(f"d2o: first and last must not be negative, weights cosine or normalised, got {weights!r}")
+        raise ValueError(
+            f"d2o: first and last must not be negative, weights cosine or normalised, got {weights!r}"
+        )
     own = dataclasses.replace(h2o(), sink=4)
     inner = scoring("d2o", scorer, own)
     parts = dict(allocator=Density(first, last), reducer=MergeSimilar(threshold, weights))

@@ -11,7 +11,10 @@ from kvjax.policies.scorers.temporal import LayerMass
     title="Efficient Inference of Vision Instruction-Following Models with Elastic Cache", arxiv="2407.18121"
 )
 def elastic_cache(
-    scorer: Policy | str | None = None, budget: Budget | None = None, sink: int | None = None, recent: int | None = None
+    scorer: Policy | str | None = None,
+    budget: Budget | None = None,
+    sink: int | None = None,
+    recent: int | None = None,
 ) -> Policy:
     """Entries that draw little attention are averaged into the nearest anchor in the sequence.
 

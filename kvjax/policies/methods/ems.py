@@ -28,7 +28,9 @@ def ems(
     No code was published; the combination follows the abstract and the formulas of the paper as far as known.
     """
     if window < 1 or kernel < 1 or kernel % 2 == 0 or sources < 0:
-        raise ValueError(f"ems: window must be positive, kernel odd, sources >= 0, got {window}, {kernel}, {sources}")
+        raise ValueError(
+            f"ems: window must be positive, kernel odd, sources >= 0, got {window}, {kernel}, {sources}"
+        )
     own = Policy(scorer=GlobalLocal(window, kernel), budget=0.5, sink=4, recent=window)
     inner = scoring("ems", scorer, own)
     fields = {} if sink is None else {"sink": sink}

@@ -12,7 +12,9 @@ from kvjax.policies.registry import Budget, method
     arxiv="2407.08454",
     tiny=dict(scorer=h2o(recent=4)),
 )
-def kvmerger(scorer: Policy | str | None = None, budget: Budget | None = None, threshold: float = 0.75) -> Policy:
+def kvmerger(
+    scorer: Policy | str | None = None, budget: Budget | None = None, threshold: float = 0.75
+) -> Policy:
     """Runs of adjacent tokens with similar keys are merged, with Gaussian weights, into their heavy hitters.
 
     A run grows while cos(k_i, k_(i+1)) >= threshold; survivors (h2o's by default) are the pivots, and a loser joins the

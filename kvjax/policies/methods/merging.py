@@ -21,6 +21,8 @@ def merging(
     decoding drops.
     """
     if not 0.0 <= threshold <= 1.0 or not 0.0 < fraction <= 1.0:
-        raise ValueError(f"merging: threshold must be in [0, 1], fraction in (0, 1], got {threshold}, {fraction}")
+        raise ValueError(
+            f"merging: threshold must be in [0, 1], fraction in (0, 1], got {threshold}, {fraction}"
+        )
     inner = scoring("merging", scorer, keydiff())
     return wrap(inner, scorer is not None, budget, reducer=MergeValues(threshold, fraction))

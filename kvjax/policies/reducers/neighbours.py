@@ -128,7 +128,9 @@ class ChunkClusters(Reducer):
         pad = -slots % self.chunk
         parts = (slots + pad) // self.chunk
         b, h, d = keys.shape[0], keys.shape[1], keys.shape[-1]
-        place = jnp.pad(place, ((0, 0), (0, 0), (0, pad)), constant_values=-1).reshape(b, h, parts, self.chunk)
+        place = jnp.pad(place, ((0, 0), (0, 0), (0, pad)), constant_values=-1).reshape(
+            b, h, parts, self.chunk
+        )
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pad), (0, 0))).reshape(b, h, parts, self.chunk, d)
         cosine = jnp.einsum("bhpid,bhpjd->bhpij", keys, keys, precision="highest")
         cosine = jnp.where(place[:, :, :, None] >= 0, cosine, -jnp.inf)
@@ -171,7 +173,9 @@ class ValueCascade(Reducer):
         )
         n = jnp.maximum(last - first, 0)
         mean = window / jnp.maximum(n, 1)
-        p = jnp.where(mean > 0, jnp.clip(mass / jnp.maximum(mean, 1e-30), 0.0, 1.0), (mass > 0).astype(jnp.float32))
+        p = jnp.where(
+            mean > 0, jnp.clip(mass / jnp.maximum(mean, 1e-30), 0.0, 1.0), (mass > 0).astype(jnp.float32)
+        )
         return jnp.where(losers(obs, index) & (n > 0), p, 0.0), first, n
 
     def reduce(self, obs: Observation, index: Array, scores: Array) -> tuple[Array, Array]:
@@ -189,4 +193,6 @@ class ValueCascade(Reducer):
         # Whole numbers: a survivor that nothing cascades into stays bit-identical.
         touched = jnp.cumsum(opened - closed, axis=2)[:, :, :places] > 0
         v = gather(obs.v, index)
-        return gather(obs.k, index), jnp.where(touched[..., None], (v.astype(jnp.float32) + added).astype(v.dtype), v)
+        return gather(obs.k, index), jnp.where(
+            touched[..., None], (v.astype(jnp.float32) + added).astype(v.dtype), v
+        )

@@ -68,7 +68,9 @@ class MergeSimilar(Reducer):
         weight = jnp.where(lost & (cosine >= level), jnp.maximum(cosine, 0.0), 0.0)
         counted = weight if self.weights == "normalised" else (weight > 0).astype(jnp.float32)
         _, total = fold(obs.k, counted, place, k.shape[2])
-        return tuple(blend(mine, fold(x, weight, place, k.shape[2])[0], total) for mine, x in ((k, obs.k), (v, obs.v)))
+        return tuple(
+            blend(mine, fold(x, weight, place, k.shape[2])[0], total) for mine, x in ((k, obs.k), (v, obs.v))
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,9 +66,6 @@ class StructureOrder(Scorer):
         return frequency + jnp.where(member, 2.0, 0.0), state
 
 
-
-
-
 @dataclasses.dataclass(frozen=True)
 class GlobalLocal(Scorer):
     """EMS's score: max(local, global * sum local / sum global).
