@@ -110,8 +110,7 @@ class Redundancy(Scorer):
         b, h, _, d = keys.shape
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pad), (0, 0))).reshape(b, h, -1, self.chunk, d)
         valid = jnp.pad(valid, ((0, 0), (0, 0), (0, pad))).reshape(b, h, -1, self.chunk)
-        place = np.arange(self.chunk)
-        level = np.array([((~p) & (p + 1)).bit_length() - 1 for p in place])  # low bits set
+        level = np.array([(~p & (p + 1)).bit_length() - 1 for p in range(self.chunk)])  # low bits set
         target = jnp.asarray(level[None, :] > level[:, None])
         cosine = jnp.einsum("bhpid,bhpjd->bhpij", keys, keys, precision="highest")
         best = jnp.max(jnp.where(target & valid[..., None, :], cosine, -1.0), axis=-1)
