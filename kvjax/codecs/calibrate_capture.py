@@ -80,7 +80,12 @@ def capture(lm: Any, params: Any, tokens: Array, weights: Array) -> tuple[list, 
 
 
 def collect(
-    lm: Any, params: Any, samples: list[tuple[np.ndarray, np.ndarray]], keep: int, sink: int = 4, seed: int = 0
+    lm: Any,
+    params: Any,
+    samples: list[tuple[np.ndarray, np.ndarray]],
+    keep: int,
+    sink: int = 4,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Samples of many texts, thinned to `keep` tokens each (those that matter most, and random others).
 

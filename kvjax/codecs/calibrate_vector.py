@@ -136,7 +136,9 @@ def vector_codes(
     tensors = [(side, layer) for layer in range(layers) for side in "kv"]
     mapped, weights, costs, groups = {}, {}, [], []
     for side, layer in tensors:
-        basis = [importance_basis(samples[side][layer, h], samples["g" + side][layer, h]) for h in range(heads)]
+        basis = [
+            importance_basis(samples[side][layer, h], samples["g" + side][layer, h]) for h in range(heads)
+        ]
         cost, sizes = partitions(np.mean([b[3] for b in basis], axis=0), code_bits, most)
         costs.append(cost)
         groups.append(sizes)

@@ -129,7 +129,9 @@ class Table(Quantizer):
         try:
             return {n: found[f"{side}.{layer}.{stored}"] for n, stored in names.items()}
         except KeyError as e:
-            raise ValueError(f"{self.calibration!r} has no levels for {self.bits} bits ({e.args[0]})") from None
+            raise ValueError(
+                f"{self.calibration!r} has no levels for {self.bits} bits ({e.args[0]})"
+            ) from None
 
     def _levels(self, ctx: Context) -> Array:
         if "levels" in ctx.const:
