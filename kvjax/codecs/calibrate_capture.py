@@ -80,12 +80,17 @@ def capture(lm: Any, params: Any, tokens: Array, weights: Array) -> tuple[list, 
 
 
 def collect(
-    lm: Any, params: Any, samples: list[tuple[np.ndarray, np.ndarray]], keep: int, seed: int = 0
+    lm: Any,
+    params: Any,
+    samples: list[tuple[np.ndarray, np.ndarray]],
+    keep: int,
+    sink: int = 4,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Samples of many texts, thinned to `keep` tokens each (those that matter most, and random others).
 
     samples: (tokens int32 [n], bool [n] whose prediction must stay intact). Gradients of each sample are scaled to
-    unit mean square over the whole model.
+    unit mean square over the whole model. The first `sink` tokens, which stay in full precision, are left out.
 
     Returns: k, v, gk, gv f16 [layers, kv_heads, kept tokens, head_dim].
     """
@@ -104,8 +109,9 @@ def collect(
         stacked["gk"] /= norm
         stacked["gv"] /= norm
         weight = (stacked["gk"] ** 2 + stacked["gv"] ** 2).sum((0, 1, 3))
+        weight[:sink] = -1.0
         top = np.argsort(-weight)[: keep // 4]
-        rest = np.setdiff1d(np.arange(tokens.size), top)
+        rest = np.setdiff1d(np.arange(sink, tokens.size), top)
         index = np.sort(
             np.concatenate([top, rng.choice(rest, min(keep - top.size, rest.size), replace=False)])
         )

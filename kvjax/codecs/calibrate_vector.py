@@ -8,6 +8,11 @@ where the next one saves most, over groups of neighbouring directions; k-means t
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -80,76 +85,83 @@ def allocate(costs: list[np.ndarray], total: int, least: int = 1) -> list[int]:
     return counts
 
 
-def kmeans(y: np.ndarray, weight: np.ndarray, words: int, loops: int, rng: np.random.Generator) -> np.ndarray:
-    """Codewords f32 [words, size] of samples y [n, size] with weights [n] (Lloyd)."""
-    y = y.astype(np.float32)
-    n, size = y.shape
-    distinct = min(words, n)
-    book = y[rng.choice(n, distinct, replace=False, p=weight / weight.sum())]
-    book = np.concatenate([book, np.zeros((words - distinct, size), np.float32)])
-    ones = np.concatenate([y, np.ones((n, 1), np.float32)], axis=1) * weight[:, None].astype(np.float32)
-    for _ in range(loops):
-        owner = np.argmax(y @ book.T - (book * book).sum(1) / 2, axis=1)
-        sums = np.stack([np.bincount(owner, ones[:, i], minlength=words) for i in range(size + 1)], axis=1)
-        used = sums[:, -1] > 0
-        book[used] = (sums[used, :-1] / sums[used, -1:]).astype(np.float32)
-        if not used.all():  # an unused codeword restarts next to a heavy one
-            heavy = rng.choice(words, (~used).sum(), p=sums[:, -1] / sums[:, -1].sum())
-            book[~used] = book[heavy] + 1e-3 * y.std(0) * rng.standard_normal((len(heavy), size))
-    return book
+@functools.partial(jax.jit, static_argnames=("words", "loops"))
+def kmeans(y: jax.Array, weight: jax.Array, key: jax.Array, words: int, loops: int) -> jax.Array:
+    """Codewords f32 [words, size] of samples y [n, size] with weights [n] (Lloyd); n >= words."""
+    first, *keys = jax.random.split(key, loops + 1)
+    book = y[jax.random.choice(first, y.shape[0], (words,), replace=False, p=weight / weight.sum())]
+
+    def step(book: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+        dots = jnp.matmul(y, book.T, precision=jax.lax.Precision.HIGHEST)
+        owner = jnp.argmax(dots - jnp.sum(book * book, axis=1) / 2, axis=1)
+        mass = jax.ops.segment_sum(weight, owner, words)
+        mean = jax.ops.segment_sum(y * weight[:, None], owner, words) / jnp.maximum(mass, 1e-20)[:, None]
+        # A codeword that nobody uses starts again at a random sample.
+        again = y[jax.random.randint(key, (words,), 0, y.shape[0])]
+        return jnp.where((mass > 0)[:, None], mean, again), None
+
+    return jax.lax.scan(step, book, jnp.stack(keys))[0]
+
+
+def _codebook(y: np.ndarray, weight: np.ndarray, sizes: list[int], key: jax.Array, words: int, loops: int):
+    """Codewords [words, d] of all groups of y [n, d], side by side."""
+    parts, end = [], 0
+    for n, size in enumerate(sizes):
+        end += size
+        width = 1 << (size - 1).bit_length()  # few distinct shapes, so that few programs are compiled
+        padded = np.zeros((len(y), width), np.float32)
+        padded[:, :size] = y[:, end - size : end]
+        parts.append(kmeans(padded, weight, jax.random.fold_in(key, n), words, loops)[:, :size])
+    return np.concatenate([np.asarray(p) for p in parts], axis=1)
 
 
 def vector_codes(
     samples: dict[str, np.ndarray],
-    bits_per_element: float,
+    rates: Sequence[float],
     *,
     code_bits: int = 8,
     loops: int = 12,
-    most: int = 40,
+    most: int = 64,
     power: float = 0.5,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Arrays of a calibration file for `Vector`, from `calibrate_capture.collect`'s samples.
 
-    bits_per_element: mean over layers, keys and values; each layer's share follows from what its codes save.
-    power: samples weigh |g|^(2 power) in k-means.
+    rates: bits per element, mean over layers, keys and values; each layer's share follows from what its codes
+    save. The file holds the map of the channels once and a codebook per rate. power: samples weigh |g|^(2 power)
+    in k-means.
     """
-    rng = np.random.default_rng(seed)
     layers, heads, _, dim = samples["k"].shape
+    key, out = jax.random.key(seed), {}
     tensors = [(side, layer) for layer in range(layers) for side in "kv"]
-    bases, costs, sizes = {}, [], []
+    mapped, weights, costs, groups = {}, {}, [], []
     for side, layer in tensors:
         basis = [
             importance_basis(samples[side][layer, h], samples["g" + side][layer, h]) for h in range(heads)
         ]
-        bases[side, layer] = basis
-        cost, groups = partitions(np.mean([b[3] for b in basis], axis=0), code_bits, most)
+        cost, sizes = partitions(np.mean([b[3] for b in basis], axis=0), code_bits, most)
         costs.append(cost)
-        sizes.append(groups)
-    total = round(bits_per_element * dim / code_bits * len(tensors))
-    counts = allocate(costs, total)
-    out: dict[str, np.ndarray] = {}
-    for (side, layer), count, groups in zip(tensors, counts, sizes):
-        chosen = groups[count]
-        books = []
-        for h, (mean, into, _, _) in enumerate(bases[side, layer]):
-            y = (samples[side][layer, h].astype(np.float64) - mean) @ into
-            g = samples["g" + side][layer, h].astype(np.float64)
-            weight = (g * g).sum(1)
-            weight = (weight / (weight.mean() + 1e-30)) ** power + 0.1
-            ends = np.cumsum(chosen)
-            parts = [
-                kmeans(y[:, e - s : e], weight, 2**code_bits, loops, rng)
-                for s, e in zip(chosen, ends, strict=True)
-            ]
-            books.append(np.concatenate(parts, axis=1))
-        # float16 holds the basis only if it is scaled: fold a common factor into the codewords.
-        key = f"{side}.{layer}"
-        stack = [np.stack([b[i] for b in bases[side, layer]]) for i in range(3)]
-        gain = 1.0 / np.abs(stack[1]).max()
-        out[f"{key}.sizes"] = np.asarray(chosen, np.int32)
-        out[f"{key}.mean"] = stack[0].astype(np.float16)
-        out[f"{key}.into"] = (stack[1] * gain).astype(np.float32)
-        out[f"{key}.back"] = (stack[2] / gain).astype(np.float32)
-        out[f"{key}.book"] = (np.stack(books) * gain).astype(np.float16)
+        groups.append(sizes)
+        gain = 1.0 / max(np.abs(b[1]).max() for b in basis)  # within the range of float16
+        names = dict(zip(("mean", "into", "back"), (np.stack([b[i] for b in basis]) for i in range(3))))
+        names["into"] *= gain
+        names["back"] /= gain
+        out |= {f"{side}.{layer}.{n}": x.astype(np.float16) for n, x in names.items()}
+        x, g = (samples[p + side][layer].astype(np.float64) for p in ("", "g"))
+        mapped[side, layer] = ((x - names["mean"][:, None]) @ names["into"]).astype(np.float32)
+        weight = (g * g).sum(-1)
+        weight = (weight / (weight.mean(-1, keepdims=True) + 1e-30)) ** power + 0.1
+        weights[side, layer] = weight.astype(np.float32)
+    for rate in rates:
+        counts = allocate(costs, round(rate * dim / code_bits * len(tensors)))
+        for i, (tensor, count) in enumerate(zip(tensors, counts)):
+            sizes = groups[i][count]
+            books = [
+                _codebook(mapped[tensor][h], weights[tensor][h], sizes, jax.random.fold_in(key, i * heads + h),
+                          2**code_bits, loops)
+                for h in range(heads)
+            ]  # fmt: skip
+            name = f"{rate:g}.{tensor[0]}.{tensor[1]}"
+            out[f"{name}.sizes"] = np.asarray(sizes, np.int32)
+            out[f"{name}.book"] = np.stack(books).astype(np.float16)
     return out

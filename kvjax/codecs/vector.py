@@ -44,19 +44,26 @@ def shipped(name: str, shape: ModelShape) -> str:
     )
 
 
+def open_file(name: str, shape: ModelShape) -> dict[str, np.ndarray]:
+    """Arrays of a calibration file: a path (it has a '/'), or the name of a shipped one."""
+    path = name if "/" in name else shipped(name, shape)
+    return load(path, calibration.fingerprint(shape))
+
+
 @dataclasses.dataclass(frozen=True)
 class Vector(Quantizer):
     """Codes of `bits` bits for groups of channels, after a linear map of the channels that calibration chose.
 
     x' = back(book[code] of every group) + mean, code = argmin |y_group - codeword|^2 with y = (x - mean) @ into.
     sizes: channels of each group in the mapped order; a calibration file has its own for every layer, so that
-    directions that matter get more codes. calibration: path, or name of a shipped file; '' means codebooks of
+    directions that matter get more codes. rate: mean bits per element, one of the file's. calibration: path, or name of a shipped file; '' means codebooks of
     a standard Gaussian and no map (tests, and models without a calibration), for groups of `couple` channels.
     """
 
     bits: int = 8
     sizes: tuple[int, ...] = ()
     calibration: str = ""
+    rate: float = 1
     couple: int = 8
 
     def fields(self, dim: int) -> dict[str, Field]:
@@ -70,23 +77,32 @@ class Vector(Quantizer):
         return {"codes": Field((packing.packed_bytes(count, self.bits),), "uint8")}
 
     def _file(self, shape: ModelShape) -> dict[str, np.ndarray]:
-        path = self.calibration if "/" in self.calibration else shipped(self.calibration, shape)
-        return load(path, calibration.fingerprint(shape))
+        return open_file(self.calibration, shape)
+
+    def _rate(self, shape: ModelShape) -> str:
+        """The prefix of this rate's arrays; ValueError lists the rates of the file."""
+        rates = sorted({n.split(".k.")[0] for n in self._file(shape) if n.endswith(".k.0.book")}, key=float)
+        if f"{self.rate:g}" not in rates:
+            raise ValueError(
+                f"{self.calibration!r} has no codebooks for {self.rate:g} bits; it has {', '.join(rates)}"
+            )
+        return f"{self.rate:g}"
 
     def for_layer(self, layer: int, shape: ModelShape, side: str) -> Vector:
         """With that layer's group sizes."""
         if not self.calibration:
             full, rest = divmod(shape.head_dim, self.couple)
             return dataclasses.replace(self, sizes=(self.couple,) * full + (rest,) * (rest > 0))
-        sizes = self._file(shape)[f"{side}.{layer}.sizes"]
+        sizes = self._file(shape)[f"{self._rate(shape)}.{side}.{layer}.sizes"]
         return dataclasses.replace(self, sizes=tuple(int(s) for s in sizes))
 
     def constants(self, layer: int, shape: ModelShape, side: str) -> dict[str, np.ndarray]:
         """mean [kv_heads, dim], into and back [kv_heads, dim, dim], book [kv_heads, 2^bits, dim]."""
         if self.calibration:
             found = self._file(shape)
-            names = ("mean", "into", "back", "book")
-            return {n: found[f"{side}.{layer}.{n}"].astype(np.float32) for n in names}
+            arrays = {n: found[f"{side}.{layer}.{n}"] for n in ("mean", "into", "back")}
+            arrays["book"] = found[f"{self._rate(shape)}.{side}.{layer}.book"]
+            return {n: x.astype(np.float32) for n, x in arrays.items()}
         rng = np.random.default_rng(0)
         book = rng.standard_normal((shape.kv_heads, 2**self.bits, shape.head_dim))
         eye = np.broadcast_to(np.eye(shape.head_dim), (shape.kv_heads, shape.head_dim, shape.head_dim))

@@ -17,11 +17,11 @@ def cq(bits: float = 1, calibration: str = "", residual: int = 32, sink: int = 4
     Keys before RoPE. x' = codeword of each group, found by weighted k-means; weights are squared gradients, as in
     the paper. The shipped calibrations (0.75 to 4 bits) also map the channels to the basis in which errors cost the
     same in every direction, and give each layer as many codes as pay off there; `bits` is the mean. Codebooks are
-    shared by all requests, like weights. calibration: name of a shipped file or path; default 'cq_BITS';
+    shared by all requests, like weights. calibration: path of a file; default the one shipped for the model;
     'gaussian': no calibration, groups of 8 / bits channels.
     """
-    if bits not in (0.75, 1, 1.5, 2, 3, 4):
-        raise ValueError(f"cq: bits must be 0.75, 1, 1.5, 2, 3 or 4, got {bits}")
-    name = "" if calibration == "gaussian" else calibration or f"cq_{bits:g}"
-    part = Vector(calibration=name, couple=round(8 / bits))
+    if not 0.25 <= bits <= 8:
+        raise ValueError(f"cq: bits must be 0.25 to 8, got {bits}")
+    name = "" if calibration == "gaussian" else calibration or "cq"
+    part = Vector(calibration=name, rate=bits, couple=round(8 / bits))
     return Policy(codec=Pair(part, part, residual, sink, pre_rope=True), explicit=frozenset({"codec"}))

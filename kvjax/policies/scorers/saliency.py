@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kvjax.policies.base import Array, Scorer, State
 from kvjax.policies.observation import Observation
+from kvjax.policies.scorers.attention import pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +41,26 @@ class PeakAttention(Scorer):
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots]."""
         return obs.group(jnp.max(obs.window_probs(self.window), axis=2), jnp.max), state
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanAndVariance(Scorer):
+    """Mean plus `gamma` times the variance of the attention of the last `window` queries, pooled (ARKV).
+
+    The variance is taken over queries and counts only if there is more than one. The window's own entries are
+    protected by the caller.
+    """
+
+    window: int = 32
+    gamma: float = 263.8
+    kernel: int = 5
+    needs: ClassVar[frozenset[str]] = frozenset({"q"})
+
+    def score(self, obs: Observation, state: State) -> tuple[Array, State]:
+        """f32 [batch, kv_heads, slots]."""
+        probs = obs.window_probs(self.window)
+        count = jnp.minimum(obs.tokens, self.window)[:, None, None].astype(jnp.float32)
+        mean = jnp.sum(probs, axis=2) / jnp.maximum(count, 1)
+        square = jnp.sum(probs * probs, axis=2) / jnp.maximum(count, 1)
+        score = mean + self.gamma * jnp.maximum(square - mean * mean, 0.0)
+        return obs.group(pool(score, self.kernel, "avg")), state
