@@ -15,7 +15,7 @@ from kvjax import arrays, sharding
 from kvjax.cache import ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.read import stored_positions
-from kvjax.codecs.base import Plain
+from kvjax.codecs.base import PerToken, Plain
 from kvjax.generation import engine
 from kvjax.policies.registry import build, lookup
 from tests.toy import Toy, ragged, steps
@@ -134,8 +134,9 @@ def test_decode_after_eviction_is_masked_full_attention(name):
     if isinstance(p.codec, Plain):
         np.testing.assert_allclose(after[0], want, rtol=2e-4, atol=2e-4)
     else:
-        bits = p.codec.bits_per_element(64, "float32")
-        assert np.linalg.norm(after[0] - want) / np.linalg.norm(want) < 2.0 ** -(bits - 5)
+        # Eight bits are nearly exact; below that this only says that the right entries are attended to.
+        bound = 0.09 if isinstance(p.codec, PerToken) else 1.5
+        assert np.linalg.norm(after[0] - want) / np.linalg.norm(want) < bound
 
 
 def _oracle_step(plan, full_cache, keep, row):
