@@ -13,7 +13,9 @@ from kvjax.codecs.dictionary import pick, pursue
 
 
 @functools.partial(jax.jit, static_argnames=("terms", "steps", "batch"))
-def learn(x: jax.Array, start: jax.Array, key: jax.Array, *, terms: int, steps: int, batch: int = 512) -> jax.Array:
+def learn(
+    x: jax.Array, start: jax.Array, key: jax.Array, *, terms: int, steps: int, batch: int = 512
+) -> jax.Array:
     """Unit atoms [kv_heads, N, d] that reconstruct x [kv_heads, n, d] from `terms` of them.
 
     Loss |x - D r|^2 + beta |I - D D^T|^2 / N^2, beta = clip(0.1 L_mse / L_div, 0, 1); Adam, atoms renormalised

@@ -32,7 +32,10 @@ class PerLayer(Codec):
     cap: float = 4
 
     def _pair(self, k_bits: int, v_bits: int) -> Pair:
-        k, v = (Affine(b, self.channels, zero="int8") if b < 8 else Affine(8, self.channels) for b in (k_bits, v_bits))
+        k, v = (
+            Affine(b, self.channels, zero="int8") if b < 8 else Affine(8, self.channels)
+            for b in (k_bits, v_bits)
+        )
         return Pair(k, v, self.residual, self.sink)
 
     def for_layer(self, layer: int, shape: ModelShape) -> Codec:
@@ -43,7 +46,9 @@ class PerLayer(Codec):
             found = vector.open_file(self.calibration, shape)
             if name not in found:
                 caps = sorted(n.removeprefix("bits_") for n in found)
-                raise ValueError(f"{self.calibration!r} has no precision for a mean of {self.cap:g} bits; it has {caps}")
+                raise ValueError(
+                    f"{self.calibration!r} has no precision for a mean of {self.cap:g} bits; it has {caps}"
+                )
             pairs = tuple((int(k), int(v)) for k, v in found[name])
         return self._pair(*pairs[layer % len(pairs)])
 

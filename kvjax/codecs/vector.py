@@ -109,7 +109,9 @@ class Vector(Quantizer):
             found = self._file(shape)
             arrays = {n: found[f"{side}.{layer}.{n}"] for n in ("mean", "into", "back")}
             name = f"{self._rate(shape)}.{side}.{layer}"
-            arrays["book"] = found[f"{name}.book"] * (found[f"{name}.scale"][:, None].astype(np.float32) / 127)
+            arrays["book"] = found[f"{name}.book"] * (
+                found[f"{name}.scale"][:, None].astype(np.float32) / 127
+            )
             return {n: x.astype(np.float32) for n, x in arrays.items()}
         rng = np.random.default_rng(0)
         book = rng.standard_normal((shape.kv_heads, 2**self.bits, shape.head_dim))
