@@ -50,7 +50,8 @@ def stored(spec, cache, layer=0):
 
 
 def test_amortised_eviction_returns_to_the_budget_every_interval():
-    spec = "streaming_llm(budget=8, sink=2, interval=4)"
+    spec = "decoding(streaming_llm(budget=8, sink=2), interval=4)"
+    assert parse(spec).interval == parse("streaming_llm(budget=8, interval=4)").interval
     sizes = []
     for n in (3, 4, 8, 11):
         cache = run(spec, n)[3]
@@ -184,6 +185,8 @@ def test_bad_combinations():
         parse("adakv(finch(budget=9, window=3))")
     with pytest.raises(ValueError, match="interval"):
         parse("h2o(interval=0)")
+    with pytest.raises(ValueError, match="scores prompts only"):
+        parse("decoding(criticalkv(expected_attention()))")
     with pytest.raises(ValueError, match="decode room"):
         Room(4, 5)
     sliding = dataclasses.replace(LM, window=4).shape
