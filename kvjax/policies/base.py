@@ -43,6 +43,8 @@ class Scorer:
     """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const', 'token_ids'."""
     chunk_exact: ClassVar[bool] = False
     """True when an entry's score never changes, so that chunked prefill keeps what whole prefill keeps."""
+    prefill_only: ClassVar[bool] = False
+    """True when one query says too little: the scorer then cannot evict while decoding."""
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """name -> (shape after [batch, kv_heads, slots], dtype). New entries start at zero."""
@@ -231,6 +233,11 @@ class Policy:
                 raise ValueError(f"{self.name}: budget must be at least 1 entry, got {b}")
         if min(self.sink, self.recent) < 0:
             raise ValueError(f"{self.name}: sink and recent cannot be negative")
+        if self.evict_decode and self.scorer is not None and self.scorer.prefill_only:
+            raise ValueError(
+                f"{self.name}: {type(self.scorer).__name__} scores prompts only; set evict_decode=False or choose "
+                "a scorer that also works while decoding, such as h2o, tova or keydiff"
+            )
         if self.interval < 1:
             raise ValueError(f"{self.name}: interval must be at least 1 step, got {self.interval}")
         if self.interval > 1 and self.allocator.scope == "model":
