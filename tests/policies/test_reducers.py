@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvjax.policies import Observation, parse
-from kvjax.policies.base import LIFTED
+from kvjax.policies.base import PROTECTED
 from kvjax.policies.reducers import neighbours, similar
 from kvjax.policies.reducers.nearest import nearest
 from kvjax.policies.scorers.temporal import GlobalLocal, Redundancy
@@ -226,7 +226,7 @@ def test_kvmerger_sets_and_weights():
     walk = np.cumsum(rng.standard_normal((B, H, S, D)) * 0.5, axis=2)  # neighbours resemble each other
     obs, (index, lists) = observation(k=walk), choose(keep=8)
     scores = np.random.default_rng(3).random((B, H, S)).astype(np.float32)
-    scores[:, :, 3] = LIFTED
+    scores[:, :, 3] = PROTECTED
     eps = 0.8
     k, v = reduce(neighbours.GaussianSets(eps), obs, index, jnp.asarray(scores))
     want_k, want_v, merged = {}, {}, 0
