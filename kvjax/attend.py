@@ -73,7 +73,7 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
                 implementation=implementation,
             )
         if not fresh and compensation.counts_slots(plan, i):
-            count = entries.slot_state[LOG_COUNT]
+            count = jnp.where(entries.pos >= 0, entries.slot_state[LOG_COUNT], 0.0)
             count, key, value = compensation.most_numerous(count, k, v)
             out = compensation.add_counts(x, out, lse, key, value, count)
         out = constrain(out, ("batch", "q_heads", None, None))

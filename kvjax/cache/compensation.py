@@ -24,9 +24,7 @@ def counts_slots(plan: Plan, i: int) -> bool:
     return policy.compresses and policy.scorer is not None and LOG_COUNT in policy.scorer.slot_state()
 
 
-def add_counts(
-    x: AttentionInputs, out: Array, lse: Array, k: Array, v: Array, log_count: Array
-) -> Array:
+def add_counts(x: AttentionInputs, out: Array, lse: Array, k: Array, v: Array, log_count: Array) -> Array:
     """`out` with the heads' most numerous slot counted in full, in the dtype of q.
 
     out [batch, q_heads, tokens, head_dim] and lse f32 [batch, q_heads, tokens] count every slot once; k, v [batch,

@@ -146,7 +146,9 @@ def test_pyramid_matches_kvpress():
             for bi, beta in enumerate(betas):
                 allocator = pyramid.Pyramid(beta, "kvpress")
                 keep = jnp.asarray([int(length * (1 - ratio))], jnp.int32)
-                got = allocator.model_counts([scores] * n, [valid] * n, keep, jnp.asarray([length]), [None] * n)
+                got = allocator.model_counts(
+                    [scores] * n, [valid] * n, keep, jnp.asarray([length]), [None] * n
+                )
                 np.testing.assert_array_equal([int(c[0, 0]) for c in got], FIXTURE["pyramid"][li, ri, bi])
 
 
@@ -403,7 +405,12 @@ def test_fastgen_takes_the_cheapest_structure_that_recovers(threshold):
             rec = [(a[n - 8 : n, :n] * s[n - 8 :]).sum() / 8 for s in sets]
             want = next((i for i, r in enumerate(rec) if r >= threshold), 3)
             assert structure[row, h] == want
-            held = [special, special | often, special | often | (np.arange(n) >= n - n * 200 // 1000), special | True]
+            held = [
+                special,
+                special | often,
+                special | often | (np.arange(n) >= n - n * 200 // 1000),
+                special | True,
+            ]
             assert sizes[row, h] == held[want].sum()
 
 

@@ -68,7 +68,9 @@ def flat_scores(seed=3):
 
 def check(got, want, lists, atol=2e-5):
     for (b, h), chosen in lists.items():
-        np.testing.assert_allclose(np.asarray(got)[b, h, : len(chosen)], want[b, h], atol=atol, err_msg=f"{b} {h}")
+        np.testing.assert_allclose(
+            np.asarray(got)[b, h, : len(chosen)], want[b, h], atol=atol, err_msg=f"{b} {h}"
+        )
 
 
 REDUCERS = [
@@ -111,7 +113,9 @@ def test_merging_matches_kvpress(threshold, fraction):
     pos = jnp.broadcast_to(jnp.arange(40), (2, 2, 40))
     obs = Observation(q=None, q_pos=None, k=k, v=v, pos=pos, length=jnp.asarray([40, 40]))
     got_k, got_v = reduce(similar.MergeValues(threshold, fraction), obs, index, None)
-    np.testing.assert_array_equal(got_k, np.take_along_axis(FIXTURE["merge/k"], np.asarray(index)[..., None], 2))
+    np.testing.assert_array_equal(
+        got_k, np.take_along_axis(FIXTURE["merge/k"], np.asarray(index)[..., None], 2)
+    )
     np.testing.assert_allclose(got_v, FIXTURE[f"merge/{threshold}/{fraction}"], atol=1e-5)
 
 
@@ -143,7 +147,9 @@ def test_d2o_merges_what_resembles_a_survivor(threshold):
                 x = np.asarray(x, np.float64)[b, h]
                 out = x[lists[b, h]].copy()
                 for n in range(len(out)):
-                    mine = [(u, i) for (hh, i), (u, at) in best.items() if hh == h and -at == n and u >= level]
+                    mine = [
+                        (u, i) for (hh, i), (u, at) in best.items() if hh == h and -at == n and u >= level
+                    ]
                     out[n] = (out[n] + sum(u * x[i] for u, i in mine)) / (1 + len(mine))
                 want[b, h] = out
     check(k, want_k, lists)
@@ -198,7 +204,11 @@ def test_ems_score():
             a = np.zeros((n, n))
             for g in (2 * h, 2 * h + 1):
                 for i in range(n):
-                    x = np.asarray(obs.k, np.float64)[b, h, : i + 1] @ np.asarray(obs.q, np.float64)[b, g, i] * D**-0.5
+                    x = (
+                        np.asarray(obs.k, np.float64)[b, h, : i + 1]
+                        @ np.asarray(obs.q, np.float64)[b, g, i]
+                        * D**-0.5
+                    )
                     e = np.exp(x - x.max())
                     a[i, : i + 1] += e / e.sum() / 2
             overall = a.sum(0) / (n - np.arange(n))
@@ -291,6 +301,7 @@ def test_chelsea_pairs_with_equal_keys_become_one():
     got_k, got_v = reduce(policy.reducer, obs, index, scores)
     q = rng.standard_normal(D)
     for h in range(H):
+
         def attend(keys, values):
             e = np.exp(np.asarray(keys, np.float64) @ q)
             return e @ np.asarray(values, np.float64) / e.sum()

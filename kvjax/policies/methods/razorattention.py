@@ -51,7 +51,9 @@ def razorattention(
     exponential counts N times; compensate=False drops. The paper's window of max(4000, n / 5) is `recent` here.
     """
     if not (0.0 <= echo <= 1.0 and 0.0 <= induction <= 1.0) or min(sink, recent) < 0:
-        raise ValueError(f"razorattention: echo and induction are shares in [0, 1], got {echo} and {induction}")
+        raise ValueError(
+            f"razorattention: echo and induction are shares in [0, 1], got {echo} and {induction}"
+        )
     full = None
     if isinstance(heads, str):
         table, file, share = roles(heads, echo, induction)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvjax.policies.base import PROTECTED, LOG_COUNT, Array, Reducer, Scorer, State
+from kvjax.policies.base import LOG_COUNT, PROTECTED, Array, Reducer, Scorer, State
 from kvjax.policies.observation import Observation
 from kvjax.policies.reducers.nearest import gather, losers
 
@@ -53,7 +53,9 @@ class Compensate(Reducer):
     counted: bool = True
     merges: ClassVar[bool] = True
 
-    def apply(self, obs: Observation, index: Array, scores: Array, state: State) -> tuple[Array, Array, State | None]:
+    def apply(
+        self, obs: Observation, index: Array, scores: Array, state: State
+    ) -> tuple[Array, Array, State | None]:
         """Survivors' keys and values, and the state with the new numbers."""
         slots = obs.pos.shape[2]
         usable, lost = index < slots, losers(obs, index)
@@ -67,7 +69,9 @@ class Compensate(Reducer):
         own = jnp.take_along_axis(jnp.exp(kept[LOG_COUNT]), place[..., None], axis=-1)
         total = jnp.sum(weight, axis=-1, keepdims=True) + own
         kept[LOG_COUNT] = jnp.where(ours & self.counted, jnp.log(total), kept[LOG_COUNT])
-        kept = {n: jnp.where(usable.reshape(*usable.shape, *(1,) * (x.ndim - 3)), x, 0) for n, x in kept.items()}
+        kept = {
+            n: jnp.where(usable.reshape(*usable.shape, *(1,) * (x.ndim - 3)), x, 0) for n, x in kept.items()
+        }
         out = []
         for x in (obs.k, obs.v):
             rows = gather(x, index)
