@@ -27,6 +27,7 @@ from kvjax.types import ModelShape
 
 Array = jax.Array
 State = dict[str, Array]
+LOG_COUNT = "log_count"  # slot state: logarithm of the number of tokens that a slot stands for
 PROTECTED = 1e30  # `Policy.protect` lifts sinks and recent entries to this or above; other scores stay below
 
 
@@ -158,6 +159,15 @@ class Reducer:
     def reduce(self, obs: Observation, index: Array, scores: Array) -> tuple[Array, Array]:
         """Survivors' (k, v) [batch, kv_heads, places, head_dim] from all entries; `index` as from `Selection`."""
         raise NotImplementedError
+
+    def apply(
+        self, obs: Observation, index: Array, scores: Array, state: State
+    ) -> tuple[Array, Array, State | None]:
+        """`reduce`, for reducers that also change the survivors' slot state (None: it moves with them unchanged).
+
+        state: of all entries, [batch, kv_heads, slots, ...]; returned: of the survivors, [batch, kv_heads, places, ...].
+        """
+        return *self.reduce(obs, index, scores), None
 
 
 @dataclasses.dataclass(frozen=True)
