@@ -16,7 +16,11 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-_TYPES = {"f": ir.F32Type, "r": lambda: ir.IntegerType.get_signless(32), "l": lambda: ir.IntegerType.get_signless(64)}
+_TYPES = {
+    "f": ir.F32Type,
+    "r": lambda: ir.IntegerType.get_signless(32),
+    "l": lambda: ir.IntegerType.get_signless(64),
+}
 
 
 def _type(kind: str) -> ir.Type:
@@ -156,7 +160,9 @@ def to_int(x: Reg) -> Reg:
     return asm("cvt.rni.s32.f32 $0, $1;", "r", [x])[0]
 
 
-def asm(ptx: str, outs: str, args: Sequence[Reg] = (), *, effects: bool = False, clobber: str = "") -> list[Reg]:
+def asm(
+    ptx: str, outs: str, args: Sequence[Reg] = (), *, effects: bool = False, clobber: str = ""
+) -> list[Reg]:
     """Inline PTX. `outs`: one kind letter per result ($0, $1, ...); arguments follow."""
     constraints = ",".join([f"={k}" for k in outs] + [a.kind for a in args] + ([clobber] if clobber else []))
     values = [a.value for a in args]
@@ -359,8 +365,9 @@ def wgmma(
     types: tuple[str, str, str],
     init: bool,
     a_transposed: bool = False,
+    wait: bool = True,
 ) -> list[list[Reg]]:
-    """A chain of m64 products and the wait for it: acc[m] += sum over k of A[m, k] B[k].
+    """A chain of m64 products, and the wait for it: acc[m] += sum over k of A[m, k] B[k].
 
     Args:
       acc: per 64-row tile the n / 2 accumulator registers (ignored if `init`).
@@ -370,6 +377,7 @@ def wgmma(
       types: (accumulator, A, B) as PTX names them.
       init: start from 0.
       a_transposed: A lies in shared memory with its rows contiguous (16-bit types).
+      wait: False leaves the products in flight: nothing may touch the results before `wgmma_wait`.
     """
     kind = "r" if types[0] == "s32" else "f"
     size = n // 2
@@ -406,7 +414,11 @@ def wgmma(
             flags += f", {int(a_transposed)}, 0" if isinstance(a_op, int) else ", 0"
         shape = f"m64n{n}k{k}.{types[0]}.{types[1]}.{types[2]}"
         lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{regs}}}, {a_text}, db, p{flags};")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
+    lines += [
+        "wgmma.commit_group.sync.aligned;",
+        *(["wgmma.wait_group.sync.aligned 0;"] if wait else []),
+        "}",
+    ]
     constraints = [f"={kind}"] * total + ([] if init else [str(i) for i in range(total)])
     constraints += [r.kind for r in args]
     ty = llvm.StructType.get_literal([_type(kind)] * total)
@@ -416,6 +428,18 @@ def wgmma(
     )
     out = [Reg(llvm.extractvalue(_type(kind), got, [i]), kind) for i in range(total)]
     return [out[t * size : (t + 1) * size] for t in range(count)]
+
+
+def wgmma_wait(acc: list[Reg]) -> list[Reg]:
+    """Wait for all products in flight; returns their f32 results, `acc`."""
+    n = len(acc)
+    ty = llvm.StructType.get_literal([_type("f")] * n)
+    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)])
+    got = llvm.inline_asm(
+        ty, [r.value for r in acc], "wgmma.wait_group.sync.aligned 0;", constraints, has_side_effects=True,
+        asm_dialect=0,
+    )  # fmt: skip
+    return [Reg(llvm.extractvalue(_type("f"), got, [i]), "f") for i in range(n)]
 
 
 def scalar(x: mgpu.FragmentedArray) -> Reg:

@@ -88,6 +88,8 @@ def checks():
     check_one("dense dim 192", dim=192)
     check_one("dense 16 tokens", tokens=16, q_positions="last", lengths=[[512, 400], [40, 64]])
     check_one("int8 5 tokens group 3", fmt="int8", group=3, tokens=5, q_positions="last", lengths=[[512, 400], [40, 64]])
+    for fmt in ("dense", "int8", "int4"):
+        check_one(f"{fmt} window", fmt=fmt, q_positions="last", window=130, slots=1024, lengths=[[1024, 1023], [700, 699]])
     check_one("dense window softcap", tokens=3, q_positions="last", window=70, softcap=5.0,
               lengths=[[512, 512], [400, 400]])  # fmt: skip
     positions = np.sort(rng.choice(60_000, (2, 2, 512)), -1).astype(np.int32)
@@ -320,16 +322,15 @@ def ablate():
 
 def packed():
     t = time_one
-    for shape in ("A",):
-        t(shape, "dense", want=reference(shape))
-        t(shape, "int8", want=reference(shape, "int8"))
-        t(shape, "fp8_e4m3", want=reference(shape, "fp8_e4m3"))
-        for fmt, options in (("int4", [(2, 4), (1, 4), (1, 2)]), ("int2", [(2, 8), (1, 8), (1, 4), (1, 2)])):
-            want = reference(shape, fmt)
-            for parts in options:
-                for splits, stages in ((2, 3), (2, 4), (4, 3), (4, 4), (8, 3)):
-                    t(shape, fmt, want=want, parts=parts, splits=splits, stages=stages)
-                    want = None
+    want = reference("A", "int4")
+    for parts, splits, stages, block in [((2, 4), 2, 4, 64), ((1, 4), 2, 4, 64), ((2, 4), 2, 5, 64), ((2, 4), 4, 4, 64),
+                                         ((1, 4), 2, 4, 128), ((1, 2), 2, 3, 128)]:  # fmt: skip
+        t("A", "int4", want=want, parts=parts, splits=splits, stages=stages, block=block)
+    want = reference("A", "int2")
+    for parts, splits, stages in [((1, 4), 2, 3), ((1, 4), 4, 3), ((1, 4), 2, 4), ((1, 2), 2, 3), ((2, 8), 2, 4), ((2, 8), 4, 4)]:
+        t("A", "int2", want=want, parts=parts, splits=splits, stages=stages)
+    check_one("int4 full", fmt="int4", lengths=[[512, 130], [0, 1]])
+    check_one("int2 full", fmt="int2", lengths=[[512, 130], [0, 1]])
 
 
 def more():
