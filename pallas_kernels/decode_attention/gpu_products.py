@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pallas_kernels import ptx
+from pallas_kernels import ptx, ptx_wgmma
 from pallas_kernels.decode_attention.gpu_plan import (
     LOG2E,
     SPLIT,
@@ -45,7 +45,7 @@ def start_scores(plan: Plan):
         t = Thread(plan)
         n, row = plan.n_scores, -(-plan.q_dim * 2 // 128) * 128
         address = ptx.smem_address(q_tile) + ptx.scalar(buffer) * (n * row * plan.key_groups)
-        b_matrix = ptx.matrix(address, rows_apart=row * 8)
+        b_matrix = ptx_wgmma.matrix(address, rows_apart=row * 8)
         in_row = [(s // 4) * 1024 + (s % 4) * 32 for s in range(row // 32)]
         extra, per = plan.dim // 64, plan.key_chunks
         raw = [[] for _ in range(plan.tiles * plan.chains)]
@@ -65,7 +65,9 @@ def start_scores(plan: Plan):
                     a += tile_a[chain :: plan.chains]
                     b += tile_b[chain :: plan.chains]
             types = ("f32", "f16", "f16")
-            raw = ptx.wgmma(raw, a, b, b_matrix=b_matrix, n=n, types=types, init=start == 0, wait=not last)
+            raw = ptx_wgmma.wgmma(
+                raw, a, b, b_matrix=b_matrix, n=n, types=types, init=start == 0, wait=not last
+            )
         return ptx.as_array([r for tile in raw for r in tile])
 
     return body
@@ -73,7 +75,7 @@ def start_scores(plan: Plan):
 
 def _finish_scores(plan: Plan, raw: list[Reg]) -> list[list[Reg]]:
     """Wait for `start_scores`: accumulator registers per tile."""
-    done, size = ptx.wgmma_wait(raw), plan.n_scores // 2
+    done, size = ptx_wgmma.wgmma_wait(raw), plan.n_scores // 2
     parts = [done[i * size : (i + 1) * size] for i in range(plan.tiles * plan.chains)]
     if plan.chains == 1:
         return parts
@@ -90,9 +92,9 @@ def scores(plan: Plan, t: Thread, k_tile: Reg, q_tile: Reg, scales, raw) -> list
         raw = _finish_scores(plan, raw)
     else:
         row = -(-plan.q_dim * plan.q_bytes // 128) * 128
-        b_matrix = ptx.matrix(q_tile, rows_apart=row * 8)
+        b_matrix = ptx_wgmma.matrix(q_tile, rows_apart=row * 8)
         in_row = [(s // 4) * 1024 + (s % 4) * 32 for s in range(row // 32)]
-        a_matrix = ptx.matrix(k_tile, rows_apart=plan.k_row * 8)
+        a_matrix = ptx_wgmma.matrix(k_tile, rows_apart=plan.k_row * 8)
         offsets = [tile * 8 * plan.k_row * 8 + in_row[s] for tile in range(plan.tiles) for s in range(steps)]
         types = {
             "half": ("f32", plan.dtype, plan.dtype),
@@ -100,7 +102,7 @@ def scores(plan: Plan, t: Thread, k_tile: Reg, q_tile: Reg, scales, raw) -> list
             "fp8_e4m3": ("f32", "e4m3", "e4m3"),
             "fp8_e5m2": ("f32", "e5m2", "e4m3"),
         }[plan.fmt]
-        raw = ptx.wgmma([[] for _ in range(plan.tiles)], offsets, in_row[:steps] * plan.tiles, b_matrix=b_matrix,
+        raw = ptx_wgmma.wgmma([[] for _ in range(plan.tiles)], offsets, in_row[:steps] * plan.tiles, b_matrix=b_matrix,
                         a_matrix=a_matrix, n=n, types=types, init=True)  # fmt: skip
     out = []
     for tile in range(plan.tiles):
@@ -140,23 +142,23 @@ def attend_values(plan: Plan):
         acc, reference, sums, zeros = unpack_state(plan, ptx.registers(state))
         n, row = plan.n_values, -(-plan.block * 2 // 128) * 128
         p_address = ptx.smem_address(p_tile) + ptx.scalar(buffer) * (n * row)
-        b_matrix = ptx.matrix(p_address, rows_apart=row * 8)
+        b_matrix = ptx_wgmma.matrix(p_address, rows_apart=row * 8)
         steps = plan.block * 2 // 32
         b = [(s // 4) * 1024 + (s % 4) * 32 for s in range(steps)]
         v_tile = ptx.smem_address(v)
         types = ("f32", plan.p_type, plan.p_type)
         channel_tiles = plan.dim // 64
         if plan.fmt == "half":
-            a_matrix = ptx.matrix(v_tile, rows_apart=plan.k_row * 8, leading=1024)
+            a_matrix = ptx_wgmma.matrix(v_tile, rows_apart=plan.k_row * 8, leading=1024)
             a = [tile * 1024 + s * 2 * plan.k_row * 8 for tile in range(channel_tiles) for s in range(steps)]
-            acc = ptx.wgmma(acc, a, b * channel_tiles, b_matrix=b_matrix, a_matrix=a_matrix, n=n, types=types,
+            acc = ptx_wgmma.wgmma(acc, a, b * channel_tiles, b_matrix=b_matrix, a_matrix=a_matrix, n=n, types=types,
                             init=False, a_transposed=True)  # fmt: skip
         else:
             per = min(steps, plan.value_steps)
             for start in range(0, steps, per):
                 fragments = _value_fragments(plan, t, v_tile, range(start, start + per))
                 a = [regs for tile in fragments for regs in tile]
-                acc = ptx.wgmma(acc, a, b[start : start + per] * channel_tiles, b_matrix=b_matrix, n=n,
+                acc = ptx_wgmma.wgmma(acc, a, b[start : start + per] * channel_tiles, b_matrix=b_matrix, n=n,
                                 types=types, init=False)  # fmt: skip
         return ptx.as_array(pack_state(acc, reference, sums, zeros))
 
