@@ -200,7 +200,8 @@ def model_rows(
     ]
 
 
-def _define(f: flags.FlagValues) -> None:
+def define(f: flags.FlagValues) -> None:
+    """The flags of this command."""
     flags.DEFINE_string("topology", "v5e:2x4", "TPU slice, e.g. v5e:2x4, v5p:2x2x1", flag_values=f)
     flags.DEFINE_string("model", "", f"shape of the model: {', '.join(zoo.SHAPES)}", flag_values=f)
     flags.DEFINE_string("policy", "full", "policy spec", flag_values=f)
@@ -215,7 +216,8 @@ def _define(f: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "", "JSON file for the rows", flag_values=f)
 
 
-def _main(f: flags.FlagValues) -> None:
+def main(f: flags.FlagValues) -> None:
+    """Compile what is asked for, print a table, write the rows."""
     jax.config.update("jax_platforms", "cpu")  # before any backend starts: no TPU is wanted here
     if not f.model and not f.kernels:
         raise ValueError("nothing to compile: give --model, or --kernels, or both")
@@ -244,4 +246,4 @@ def _main(f: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(_define, _main))
+    sys.exit(cli.run(define, main))
