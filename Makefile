@@ -2,14 +2,14 @@
 #   make demo      generate text with the embedded checkpoint: full cache beside three compressed ones
 #   make test      the tests (CPU, two workers);  make test-all adds the slow ones
 #   make lint      ruff and mypy
-#   make oracle    re-record tests/fixtures with torch, transformers and kvpress (in .venv-oracle)
+#   make oracle TEXT=DIR   re-record tests/fixtures with torch, transformers and kvpress (in .venv-oracle);
+#                  DIR holds public-domain books as .txt, for prompts of the embedded checkpoint
 #   make clean     remove the environments, caches and outputs
 
 # The first interpreter that is new enough; override with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.14 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 JOBS ?= 2
-ORACLE_SCRIPTS ?= $(wildcard tests/oracle/record_*.py)
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -38,8 +38,9 @@ format: $(VENV)/.dev
 	$(PY) -m ruff format .
 
 oracle: .venv-oracle/.oracle
-	@test -n "$(ORACLE_SCRIPTS)" || { echo "no tests/oracle/record_*.py to run" >&2; exit 2; }
-	for script in $(ORACLE_SCRIPTS); do .venv-oracle/bin/python $$script || exit 1; done
+	@test -d "$(TEXT)" || { echo "usage: make oracle TEXT=DIR (a folder of .txt books)" >&2; exit 2; }
+	.venv-oracle/bin/python tools/record_model_fixtures.py --out=tests/fixtures/models --text=$(TEXT)
+	.venv-oracle/bin/python tools/record_kvpress_scorers.py tests/fixtures/kvpress/scorers.npz
 
 clean:
 	rm -rf $(VENV) .venv-oracle .pytest_cache .ruff_cache .mypy_cache .hypothesis build out *.egg-info

@@ -219,7 +219,7 @@ def keep_best(
             limit = _limit(plan, i, counts, length)
         else:
             # Heads of different sizes keep theirs: a common size would overflow the pool.
-            if lp.fixed_limit and (fresh or not lp.ragged):
+            if lp.fixed_limit and policy.room is None and (fresh or not lp.ragged):
                 limit = jnp.full_like(limit, policy.budget if lp.ragged else lp.keep_capacity)
             counts = limit
     pending = Pending(entries, scores, obs, counts=counts, limit=limit)
@@ -293,7 +293,8 @@ def _limit(plan: Plan, i: int, counts: Array, length: Array) -> Array:
         return counts + room
     if not lp.ragged:
         return jnp.full_like(counts, lp.keep_capacity)
-    return jnp.where((length >= lp.policy.budget)[:, None], counts, lp.policy.budget)
+    budget = jnp.asarray(lp.policy.budget, jnp.int32)
+    return jnp.where((length >= budget)[:, None], counts, budget)
 
 
 def _compact(

@@ -140,7 +140,7 @@ def _observer(plan: Plan, cache: KVCache, whole: Plan, implementation: str | Non
             return_lse=True,
             implementation=implementation,
         )
-        if policy is not plan.policy or policy.scorer is None:
+        if policy.scorer is None or policy.scorer != plan.policy.scorer:
             return out, carry  # a sliding layer keeps its newest entries, whatever the probe says
         obs = attend.observation(whole, x, scratch, k, v, pos, prefilling=True).replace(
             lse=lse, span=carry.span, const=cache.layers[i].const
@@ -169,6 +169,6 @@ def _compress(
     store = {"k": k, "v": v} if codec.deferred else codec.encode(k, v, ctx)
     entries = View(store=store, pos=seen.pos, slot_state=scored.state)
     scores = scored.scores
-    if policy is not plan.policy:
+    if policy.scorer != plan.policy.scorer:
         scores = seen.pos.astype(jnp.float32)
     return attend.keep_best(plan, cache, obs, entries, scores, compress=True, fresh=False)

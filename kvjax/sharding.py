@@ -41,7 +41,8 @@ class Rules:
 
         A mesh axis is used once per array: the first logical axis that asks for it gets it.
         """
-        table, used, out = dict(self.table), set(), []
+        table, out = dict(self.table), []
+        used: set[str] = set()
         for axis in axes:
             want = tuple(m for m in table.get(axis or "", ()) if m in mesh_axes and m not in used)
             used.update(want)

@@ -64,8 +64,7 @@ def main(f: flags.FlagValues) -> None:
     source = Source(session.encode, f.limit, f.seed, f.ppl_context, f.ppl_targets)
     tasks = parse_tasks(f.tasks, source)
     engine = ModelEngine(session, query_aware=f.query_aware)
-    for task in tasks:
-        engine.check([item for item in task.items if isinstance(item, Sample)])
+    engine.prepare([item for task in tasks for item in task.items if isinstance(item, Sample)])
     settings = {
         "model": session.model.fingerprint,
         "dtype": session.dtype,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -116,6 +117,8 @@ def open_session(f: flags.FlagValues) -> Session:
         jax.config.update("jax_num_cpu_devices", f.cpu_devices)
     if f.distributed:
         jax.distributed.initialize()
+        if jax.process_index() != 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process speaks, to the end)
     mesh = make_mesh(sizes, jax.devices()) if sizes else None
     dtype = f.dtype
     if dtype == "auto":

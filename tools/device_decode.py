@@ -145,7 +145,7 @@ def wall(f, *args, n=20):
     return (time.perf_counter() - start) / n * 1e6
 
 
-SHAPES = {"A": (32, 8192), "B": (8, 32768), "C": (1, 32768), "D": (1, 131072), "E": (64, 4096)}
+SHAPES = {"A": (32, 8192), "B": (8, 32768), "C": (1, 32768), "D": (1, 131072), "E": (64, 4096), "F": (8, 131072)}
 
 
 @functools.cache
@@ -157,10 +157,10 @@ def raw_inputs(shape):
 
 
 @functools.lru_cache(maxsize=2)
-def inputs(shape, fmt, page):
+def inputs(shape, fmt, page, meta=None):
     b, s = SHAPES[shape]
     q, k, v = raw_inputs(shape)
-    parts = [jax.jit(lambda k, v: formats.encode(k, v, fmt, group=64))(k[i : i + 1], v[i : i + 1]) for i in range(b)]
+    parts = [jax.jit(lambda k, v: formats.encode(k, v, fmt, group=64, meta_dtype=meta))(k[i : i + 1], v[i : i + 1]) for i in range(b)]
     store = jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if fmt != "dense" else formats.KVStore(k, v)
     table = None
     if page:
@@ -181,18 +181,32 @@ def inputs(shape, fmt, page):
     return q, store, lengths, table
 
 
-def time_one(shape, fmt, page=None, chained=False, want=None, profiled=True, **setting):
-    name = f"{shape} {fmt}{'' if page is None else f' page {page}'} {setting}"
+def time_one(shape, fmt, page=None, chained=False, want=None, profiled=True, meta=None, fraction=1.0,
+             blocks=None, return_mass=False, **setting):  # fmt: skip
+    name = f"{shape} {fmt}{'' if page is None else f' page {page}'} {setting or ''}"
+    name += f"{'' if meta is None else ' bf16 scales'}{'' if fraction == 1 else f' {fraction} kept'}"
+    name += f"{'' if blocks is None else f' blocks {blocks}'}{' mass' if return_mass else ''}"
     try:
-        q, store, lengths, table = inputs(shape, fmt, page)
-        nbytes = sum(x.nbytes for x in jax.tree.leaves(store))
-        kw = NONE | dict(scale=128**-0.5)
+        q, store, lengths, table = inputs(shape, fmt, page, meta)
+        nbytes = sum(x.nbytes for x in jax.tree.leaves(store)) * fraction
+        lengths = (lengths * fraction).astype(jnp.int32)
+        extra = dict(return_mass=return_mass)
+        if blocks is not None:
+            share, size = blocks
+            b, s = SHAPES[shape]
+            rng = np.random.default_rng()
+            chosen = [np.sort(rng.permutation(s // size)[: int(share * s / size)]) for _ in range(b * 8)]
+            extra |= dict(blocks=jnp.asarray(np.array(chosen, np.int32).reshape(b, 8, -1)), block_size=size)
+            nbytes *= share
+        kw = NONE | dict(scale=128**-0.5) | extra
 
         def f(q, store, lengths, table):
-            return decode_attention_gpu(q, store, **(kw | dict(lengths=lengths, table=table)), **setting)[0]
+            got = decode_attention_gpu(q, store, **(kw | dict(lengths=lengths, table=table)), **setting)
+            return (got[0], got[2]) if return_mass else got[0]
 
         g = jax.jit(f)
         out = g(q, store, lengths, table)
+        out = out[0] if return_mass else out
         e = float("nan") if want is None else error(out[: len(want)], want)
         total = wall(g, q, store, lengths, table)
         kernel = rest = 0.0
@@ -254,37 +268,92 @@ def gaps(f, *args):
     print("   largest gaps", sorted(between)[-3:])
 
 
-def sweep():
-    t = functools.partial(time_one, profiled=True)
-    for splits, stages, block in [(1, 3, 64), (1, 2, 64), (2, 2, 64)]:
-        t("A", "dense", want=reference("A"), splits=splits, stages=stages, block=block)
-    for fmt in ("int2", "int4"):
-        for splits in (1, 2, 4):
-            for stages in (2, 3, 4):
-                want = reference("A", fmt) if splits == 1 and stages == 2 else None
-                t("A", fmt, want=want, splits=splits, stages=stages)
-    t("A", "int4", splits=2, stages=3, block=128)
-    for fmt in ("int8", "fp8_e4m3", "fp8_e5m2"):
-        want = reference("A", fmt)
-        for splits, stages, block in [(1, 3, 128), (1, 4, 64), (1, 6, 64), (2, 3, 128), (1, 4, 128), (1, 8, 64)]:
-            t("A", fmt, want=want, splits=splits, stages=stages, block=block)
-            want = None
-    for shape, options in (("B", (2, 4, 8)), ("C", (32,)), ("D", (16, 32, 64)), ("E", (1, 2))):
-        for splits in options:
-            t(shape, "dense", want=reference(shape), splits=splits, chained=splits == options[-1])
-        raw_inputs.cache_clear(), inputs.cache_clear()
-    q, store, lengths, table = inputs("A", "dense", None)
-    one = lambda c: decode_attention_gpu((q + c * 0).astype(q.dtype), store, **(NONE | dict(lengths=lengths)), splits=1)[0]
-    for n in (20,):
-        loop = jax.jit(lambda x: jax.lax.fori_loop(0, n, lambda _, c: c + one(c) * 1e-3, x))
-        x = jnp.zeros(q.shape, jnp.float32)
-        print("chained A", wall(loop, x, n=5) / n)
-        gaps(loop, x)
-    q, store, lengths, table = inputs("A", "dense", None)
-    loop = jax.jit(lambda q, store, lengths, x: jax.lax.fori_loop(0, 20, lambda _, c: c + decode_attention_gpu(
-        (q + c * 0).astype(q.dtype), store, **(NONE | dict(lengths=lengths)), splits=1)[0] * 1e-3, x))
-    print("chained A args", wall(loop, q, store, lengths, x, n=5) / 20)
-    gaps(loop, q, store, lengths, x)
+def ablate():
+    """Where a packed step's time goes: leave one part out (wrong results) and time the rest."""
+    from pallas_kernels import ptx
+    from pallas_kernels.decode_attention import gpu_step
+
+    wgmma, fence, scale = ptx.wgmma, ptx.fence_async, gpu_step.scale_queries
+    any_, values, keys = ptx.barrier_any, gpu_step._value_fragments, gpu_step._key_fragments
+
+    def no_product(which):
+        def f(acc, a, b, **kw):
+            if kw["init"] == (which == "qk") or which == "all":
+                used = [r for x in a if not isinstance(x, int) for r in x]
+                for r in used:
+                    ptx.asm("// keep $0", "", [r])
+                n = kw["n"] // 2
+                return [[ptx.f32(0.0)] * n for _ in acc] if kw["init"] else acc
+            return wgmma(acc, a, b, **kw)
+
+        return f
+
+    def short(acc, a, b, **kw):
+        per, count = len(a) // len(acc), len(acc)
+        keep = [t * per + s for t in range(count) for s in range(per // 2)]
+        return wgmma(acc, [a[i] for i in keep], [b[i] for i in keep], **kw)
+
+    variants = {
+        "all": {},
+        "no qk product": {(ptx, "wgmma"): no_product("qk")},
+        "no pv product": {(ptx, "wgmma"): no_product("pv")},
+        "no products": {(ptx, "wgmma"): no_product("all")},
+        "half of the products": {(ptx, "wgmma"): short},
+        "no fence": {(ptx, "fence_async"): lambda: None},
+        "no query scaling": {(gpu_step, "scale_queries"): lambda plan: lambda ctx, *a: None},
+        "no reduction in barrier": {(ptx, "barrier_any"): lambda bit: (ptx.barrier(), ptx.i32(0).equals(1))[1]},
+        "no value unpacking": {(gpu_step, "_value_fragments"): lambda plan, t, v, steps: [
+            [[ptx.i32(1)] * 4 for _ in steps] for _ in range(2)]},
+        "no key unpacking": {(gpu_step, "_key_fragments"): lambda plan, t, k: [
+            [[ptx.i32(1)] * 4 for _ in range(8)] for _ in range(plan.tiles)]},
+    }
+    for fmt in ("int4", "int2"):
+        for name, patch in variants.items():
+            saved = {(m, n): getattr(m, n) for m, n in patch}
+            for (m, n), f in patch.items():
+                setattr(m, n, f)
+            print(f"{name:26s}", end=" ")
+            time_one("A", fmt, splits=2, stages=4)
+            for (m, n), f in saved.items():
+                setattr(m, n, f)
+
+
+def packed():
+    t = time_one
+    for shape in ("A",):
+        t(shape, "dense", want=reference(shape))
+        t(shape, "int8", want=reference(shape, "int8"))
+        t(shape, "fp8_e4m3", want=reference(shape, "fp8_e4m3"))
+        for fmt, options in (("int4", [(2, 4), (1, 4), (1, 2)]), ("int2", [(2, 8), (1, 8), (1, 4), (1, 2)])):
+            want = reference(shape, fmt)
+            for parts in options:
+                for splits, stages in ((2, 3), (2, 4), (4, 3), (4, 4), (8, 3)):
+                    t(shape, fmt, want=want, parts=parts, splits=splits, stages=stages)
+                    want = None
+
+
+def more():
+    t = time_one
+    t("A", "dense", want=reference("A"))
+    t("A", "dense", return_mass=True)
+    for page in (16, 64, 128):
+        t("A", "dense", page=page, want=reference("A"))
+    for fmt in ("int8", "int4"):
+        t("A", fmt, want=reference("A", fmt))
+        t("A", fmt, page=128, want=reference("A", fmt))
+    for fmt in ("int8", "fp8_e4m3", "int4"):
+        t("A", fmt, meta=BF16)
+    raw_inputs.cache_clear(), inputs.cache_clear(), reference.cache_clear()
+    for fmt in ("dense", "int8", "fp8_e4m3", "fp8_e5m2", "int4", "int2"):
+        t("B", fmt)
+    t("B", "dense", page=64)
+    t("B", "dense", page=64, fraction=0.2)
+    t("B", "dense", page=16, fraction=0.2)
+    t("B", "dense", fraction=0.2)
+    raw_inputs.cache_clear(), inputs.cache_clear(), reference.cache_clear()
+    t("F", "dense")
+    for size in (64, 128):
+        t("F", "dense", blocks=(0.1, size))
 
 
 if __name__ == "__main__":

@@ -77,11 +77,11 @@ class Plan:
                 f"{codec.residual} cannot be evicted one by one while decoding; use a codec of single tokens "
                 "without a window (int8, fp8, int4 with residual=0), or a method that evicts once, after the prompt"
             )
-        if self.policy.rerotate and self.policy.compresses:
-            if any(w is not None and w < self.prompt + self.reserve for w in self.shape.windows):
-                raise ValueError(
-                    f"{self.policy.name}: rerotate needs full attention in every layer; this model has sliding windows"
-                )
+        sliding = any(w is not None and w < self.prompt + self.reserve for w in self.shape.windows)
+        if self.policy.rerotate and self.policy.compresses and sliding:
+            raise ValueError(
+                f"{self.policy.name}: rerotate needs full attention in every layer; this model has sliding windows"
+            )
         codec.check(self.shape)
         if self.policy.compresses:
             self.policy.allocator.check(self.shape)
@@ -132,10 +132,12 @@ class Plan:
         return LayerPlan(policy, capacity, head, True, pages)
 
     def _slots(self, codec: Codec, entries: int) -> int:
-        """Slots that `entries` entries a head need: whole blocks of the codec, without what stays unencoded."""
-        if not codec.deferred:
-            return entries
-        return max(1, -(-codec.encoded(entries) // codec.block)) * codec.block
+        """Slots that `entries` entries a head need: whole blocks of the codec, without what stays unencoded.
+
+        Also whole tiles of 8 slots: the copy engines of GPU and TPU address no less.
+        """
+        block = math.lcm(codec.block, 8)
+        return max(1, -(-(codec.encoded(entries) if codec.deferred else entries) // block)) * block
 
     def page(self, codec: Codec) -> int:
         """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec."""
@@ -156,7 +158,8 @@ class Plan:
         """The cache as a pytree of `ArraySpec`."""
         row = ArraySpec((self.batch,), "int32", ("batch",))
         layers = tuple(self._layer_specs(i, lp) for i, lp in enumerate(self.layers))
-        return KVCache(layers=layers, pools=self.pool_specs, length=row, next_position=row, expected=row, compressed=row)
+        rows = {n: row for n in ("length", "next_position", "expected", "compressed")}
+        return KVCache(layers=layers, pools=self.pool_specs, **rows)
 
     def _pool_specs(self, lp: LayerPlan, pages: int) -> Pool:
         lead: tuple[int, ...] = (self.batch, self.shape.kv_heads)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import ops
+from kvjax.cache import deferred, ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.codecs.blocked import blocked_attention
@@ -17,6 +17,13 @@ from pallas_kernels.formats import KVStore
 from pallas_kernels.merge_partials import merge_partials
 
 Array = jax.Array
+
+
+def stored_positions(plan: Plan, cache: KVCache, i: int) -> Array:
+    """int32 [batch, kv_heads, slots]: positions of everything layer i holds, windows included; -1 = empty."""
+    if cache.layers[i].residual is None:
+        return ops.view(plan, cache, i).pos
+    return jnp.concatenate(deferred.positions(plan, cache, i), axis=-1)
 
 
 def stored_attention(

@@ -49,6 +49,7 @@ class Context:
     const: dict[str, Any] = struct.field(
         default_factory=dict
     )  # this layer's calibration, [kv_heads, ...] each
+    head_dim: int = struct.field(pytree_node=False, default=0)
 
 
 NO_CONTEXT = Context()

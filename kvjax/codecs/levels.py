@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.codecs import packing
+from kvjax.codecs import packing, vector
 from kvjax.codecs.base import NO_CONTEXT, Context, Field, Store
 from kvjax.codecs.quantizers import META, Affine, Quantizer
+from kvjax.types import ModelShape
 
 Array = jax.Array
 
@@ -102,7 +103,7 @@ class Table(Quantizer):
     group: int = 0
     axis: str = "token"
     levels: tuple[float, ...] = ()
-    quantile: float = 1.0  # share of a group inside the range; the rest is clamped (and may be an outlier)
+    calibration: str = ""  # file with levels, and for 'static' with centre and half
 
     @property
     def unit(self) -> int:  # type: ignore[override]
@@ -117,6 +118,21 @@ class Table(Quantizer):
         out = self._affine().fields(dim)
         return {"codes": out["codes"]} if self.axis == "static" else out
 
+    def constants(self, layer: int, shape: ModelShape, side: str) -> dict[str, np.ndarray]:
+        """levels [kv_heads, 2^bits], and for 'static' centre and half [kv_heads, dim]."""
+        if not self.calibration:
+            return {}
+        found = vector.open_file(self.calibration, shape)
+        names = {"levels": f"levels{self.bits}"}
+        if self.axis == "static":
+            names |= {"centre": "centre", "half": "half"}
+        try:
+            return {n: found[f"{side}.{layer}.{stored}"] for n, stored in names.items()}
+        except KeyError as e:
+            raise ValueError(
+                f"{self.calibration!r} has no levels for {self.bits} bits ({e.args[0]})"
+            ) from None
+
     def _levels(self, ctx: Context) -> Array:
         if "levels" in ctx.const:
             return ctx.const["levels"][:, None, None]  # [kv_heads, slots, channels, levels]
@@ -130,14 +146,10 @@ class Table(Quantizer):
         else:
             y, axis = self._affine()._split(x)
             low, high = y.min(axis, keepdims=True), y.max(axis, keepdims=True)
-            if self.quantile < 1.0:
-                tail = (1.0 - self.quantile) / 2
-                low, high = (jnp.quantile(y, t, axis=axis, keepdims=True) for t in (tail, 1.0 - tail))
             z, r = ((low + high) / 2).astype(META), ((high - low) / 2).astype(META)
             r = jnp.where(r > 0, r, jnp.ones((), META))
             store = {"scale": jnp.squeeze(r, axis), "zero": jnp.squeeze(z, axis)}
-            z, r = (self._spread(s.astype(jnp.float32), x) for s in store.values())
-            r, z = z, r
+            r, z = (self._spread(s.astype(jnp.float32), x) for s in (store["scale"], store["zero"]))
         codes = nearest((x - z) / r, self._levels(ctx))
         return {"codes": packing.pack(codes, self.bits), **store}
 

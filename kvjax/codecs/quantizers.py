@@ -87,7 +87,7 @@ class Pair(Codec):
     def encode(self, k: Array, v: Array, ctx: Context = NO_CONTEXT) -> Store:
         """See the class."""
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-        if self.pre_rope and k.shape[2]:
+        if self.pre_rope and ctx.inv_freq is not None:
             k = transforms.rope(k, ctx.pos, ctx.inv_freq, inverse=True)
         keys = self.k.encode(k, enter(ctx, "k_"))
         return _prefixed("k_", keys) | _prefixed("v_", self.v.encode(v, enter(ctx, "v_")))
@@ -97,7 +97,7 @@ class Pair(Codec):
         dim = ctx.head_dim
         k = self.k.decode(_strip("k_", store), dim, enter(ctx, "k_"))
         v = self.v.decode(_strip("v_", store), dim, enter(ctx, "v_"))
-        if self.pre_rope:
+        if self.pre_rope and ctx.inv_freq is not None:
             k = transforms.rope(k, ctx.pos, ctx.inv_freq)
         return k.astype(dtype), v.astype(dtype)
 
@@ -164,10 +164,11 @@ class Affine(Quantizer):
     def encode(self, x: Array, ctx: Context = NO_CONTEXT) -> Store:
         """See the class."""
         y, axis = self._split(x)
-        low, high = y.min(axis, keepdims=True) * self.clip, y.max(axis, keepdims=True) * self.clip
-        if self.clip < 1.0 and not self.symmetric:
-            mid, half = (low + high) / 2, (high - low) / 2
-            low, high = mid - half, mid + half
+        # A minimum may skip NaN, a sum may not: a value that is not finite must show in the stored zero or scale.
+        bad = jnp.sum(y * 0.0, axis, keepdims=True)
+        low, high = y.min(axis, keepdims=True) + bad, y.max(axis, keepdims=True) + bad
+        mid, half = (low + high) / 2, (high - low) / 2 * self.clip
+        low, high = (mid - half, mid + half) if self.clip < 1.0 else (low, high)
         if self.symmetric:
             top = 2 ** (self.bits - 1) - 1
             scale = _storable(jnp.maximum(-low, high) / top, self.scale)
@@ -204,7 +205,7 @@ def _storable(scale: Array, dtype: str) -> Array:
     """The scale as it will be read back, 1 where it would be 0."""
     info = jnp.finfo(dtype)
     stored = jnp.minimum(scale, float(info.max)).astype(dtype).astype(jnp.float32)
-    return jnp.where(stored > 0, stored, 1.0)
+    return jnp.where(stored == 0, 1.0, stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Scaled(Quantizer):
     def encode(self, x: Array, ctx: Context = NO_CONTEXT) -> Store:
         """See the class."""
         top = float(jnp.finfo(self.dtype).max)
-        scale = _storable(jnp.abs(x).max(-1) / top, META)
+        scale = _storable(jnp.abs(x).max(-1) / top + jnp.sum(x * 0.0, -1), META)
         y = jnp.clip(x / scale[..., None], -top, top)
         return {"x": y.astype(self.dtype), "scale": scale.astype(META)}
 

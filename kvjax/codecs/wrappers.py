@@ -187,7 +187,9 @@ class LowRank(Wrapper):
     def fields(self, dim: int) -> dict[str, Field]:
         """The inner quantizer's, a and b."""
         if not 1 <= self.rank <= min(dim, self.tokens):
-            raise ValueError(f"rank={self.rank} of a {self.tokens} x {dim} error must be 1 to {min(dim, self.tokens)}")
+            raise ValueError(
+                f"rank={self.rank} of a {self.tokens} x {dim} error must be 1 to {min(dim, self.tokens)}"
+            )
         new = {"a": Field((self.rank,), META), "b": Field((dim, self.rank), META, per=self.tokens)}
         return {**_prefixed("dense_", self.inner.fields(dim)), **new}
 
@@ -279,7 +281,9 @@ class Tiers(Quantizer):
     def fields(self, dim: int) -> dict[str, Field]:
         """Each tier's fields, one row a segment, and the order."""
         if sum(count for count, _ in self.tiers) != self.segment or self.segment > 256:
-            raise ValueError(f"tiers must add up to the segment of {self.segment} tokens, which has at most 256")
+            raise ValueError(
+                f"tiers must add up to the segment of {self.segment} tokens, which has at most 256"
+            )
         out = {"order": Field((), "uint8")}
         for prefix, _, count, inner in self._names():
             if count % inner.unit:
@@ -302,7 +306,11 @@ class Tiers(Quantizer):
             # Inside a tier the tokens are in time order again.
             index = jnp.sort(rank[..., part], axis=-1)
             store["order"] = (
-                store["order"].reshape(y.shape[:4]).at[..., part].set(index.astype(jnp.uint8)).reshape(b, h, n)
+                store["order"]
+                .reshape(y.shape[:4])
+                .at[..., part]
+                .set(index.astype(jnp.uint8))
+                .reshape(b, h, n)
             )
             chosen = jnp.take_along_axis(y, index[..., None], axis=3).reshape(b, h, -1, d)
             for name, value in inner.encode(chosen, enter(ctx, prefix)).items():
@@ -322,7 +330,9 @@ class Tiers(Quantizer):
                 mine[name] = value.reshape(b, h, n // self.segment * (count // field.per), *field.suffix)
             x = inner.decode(mine, dim, enter(ctx, prefix))
             parts.append(x.reshape(b, h, n // self.segment, count, dim))
-        back = jnp.argsort(store["order"].astype(jnp.int32).reshape(b, h, n // self.segment, self.segment), axis=-1)
+        back = jnp.argsort(
+            store["order"].astype(jnp.int32).reshape(b, h, n // self.segment, self.segment), axis=-1
+        )
         y = jnp.take_along_axis(jnp.concatenate(parts, axis=3), back[..., None], axis=3)
         return y.reshape(b, h, n, dim)
 

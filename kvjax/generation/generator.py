@@ -134,7 +134,7 @@ class Generator:
                 compress=True,
                 implementation=self.implementation,
             )
-            ends = (positions[:, part] >= 0).any(axis=1)[:, None]
+            ends = np.any(positions[:, part] >= 0, axis=1, keepdims=True)
             logits = new if logits is None else jnp.where(ends, new, logits)
         assert logits is not None
         return logits, cache

@@ -148,6 +148,8 @@ class Tokens(Selection):
 class Reducer:
     """What happens to the losers? The default drops them."""
 
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Observation fields that `reduce` uses; see `Scorer.needs`."""
     merges: ClassVar[bool] = False
     """True when survivors change: the reducer then works on keys and values before they are encoded."""
 
@@ -264,7 +266,9 @@ class Policy:
     @property
     def needs(self) -> frozenset[str]:
         """Observation fields that a caller must supply."""
-        return self.scorer.needs | self.allocator.needs if self.scorer is not None else frozenset()
+        if self.scorer is None:
+            return frozenset()
+        return self.scorer.needs | self.allocator.needs | self.reducer.needs
 
     def __or__(self, other: Policy) -> Policy:
         """Compose; ValueError when both set the same part explicitly."""

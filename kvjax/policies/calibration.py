@@ -44,7 +44,7 @@ def load(path: str, mark: str | None = None) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as f:
             found = (f.metadata() or {}).get("fingerprint", "")
-            arrays = {name: f.get_tensor(name) for name in f}
+            arrays = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118  (a handle, not a dict)
     except SafetensorError as e:
         raise ValueError(f"{path!r} is not a calibration file ({e})") from None
     if mark is not None and not same_model(found, mark):
@@ -59,7 +59,9 @@ def array(path: str, name: str) -> np.ndarray:
     """One array of a calibration file, whatever model it belongs to; ValueError when it is missing."""
     arrays = load(path)
     if name not in arrays:
-        raise ValueError(f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}")
+        raise ValueError(
+            f"calibration file {path!r} has no array {name!r}; it has {', '.join(sorted(arrays))}"
+        )
     return arrays[name]
 
 

@@ -32,7 +32,9 @@ def head_table(name: str, heads: Any, key: str) -> tuple[Table, str]:
     except TypeError:
         table = ()
     if not table or not table[0] or len({len(row) for row in table}) != 1:
-        raise ValueError(f"{name}: heads must be a file or a table [layers][kv_heads] of scores, got {heads!r}")
+        raise ValueError(
+            f"{name}: heads must be a file or a table [layers][kv_heads] of scores, got {heads!r}"
+        )
     return table, file
 
 

@@ -29,7 +29,7 @@ def take(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index[..., None], axis=-2)
 
 
-def split(x: Array, size: int, fill: float = 0.0) -> Array:
+def split(x: Array, size: int, fill: float | bool = 0.0) -> Array:
     """[..., slots] -> [..., ceil(slots / size), size], the last part filled up."""
     parts = -(-x.shape[-1] // size)
     pad = [(0, 0)] * (x.ndim - 1) + [(0, parts * size - x.shape[-1])]

@@ -79,11 +79,15 @@ class Repeat(Probe):
         body = jax.vmap(lambda i: jnp.take_along_axis(tokens, i, axis=1))(at)
         head = jnp.broadcast_to(jnp.asarray(self.prefix, jnp.int32), (*body.shape[:2], len(self.prefix)))
         live = jnp.concatenate([jnp.broadcast_to(inside.any(-1, keepdims=True), head.shape), inside], axis=-1)
+        # Tokens that are not there go last, so that a row's probe is contiguous.
+        order = jnp.argsort(~live, axis=-1, stable=True)
+        body = jnp.take_along_axis(jnp.concatenate([head, body], axis=-1), order, axis=-1)
+        live = jnp.take_along_axis(live, order, axis=-1)
         offsets = jnp.where(live, jnp.cumsum(live, axis=-1) - 1, -1)
         base = jnp.take_along_axis(positions, first[:, None], axis=1)[:, 0]
         start = base + jnp.minimum(number[:, :, 0] * size, count)
         return Passes(
-            tokens=jnp.concatenate([head, body], axis=-1).astype(jnp.int32),
+            tokens=body.astype(jnp.int32),
             offsets=offsets.astype(jnp.int32),
             start=start,
             end=base + jnp.minimum((number[:, :, 0] + 1) * size, count),

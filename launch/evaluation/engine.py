@@ -23,6 +23,8 @@ from launch.session import Session, compilations, on_mesh
 class ModelEngine:
     """`runner.Engine` on a loaded model.
 
+    Call `prepare` with the samples first.
+
     query_aware: compress context and question together, all but the question's last token. Otherwise the
     context is compressed alone, and the policy cannot know what will be asked.
     """
@@ -30,6 +32,7 @@ class ModelEngine:
     def __init__(self, session: Session, *, query_aware: bool = False) -> None:
         self.session, self.query_aware = session, query_aware
         self._generators: dict[str, Generator] = {}
+        self._reserve = 1
 
     def _generator(self, policy: str) -> Generator:
         if policy not in self._generators:
@@ -44,16 +47,21 @@ class ModelEngine:
             raise ValueError(f"{sample.task}: a sample has an empty question")
         return (context + question[:-1], question[-1:]) if self.query_aware else (context, question)
 
-    def check(self, samples: Sequence[Sample]) -> None:
-        """ValueError when a sample with its answer is longer than the model's context."""
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        """Reserve room for the longest question and answer of these samples, so that all share programs.
+
+        ValueError when a sample with its answer is longer than the model's context.
+        """
         limit = self.session.lm.shape.max_context
         for sample in samples:
-            need = sum(len(part) for part in self.split(sample)) + sample.max_new_tokens
-            if need > limit:
+            context, question = self.split(sample)
+            after = len(question) + sample.max_new_tokens
+            if len(context) + after > limit:
                 raise ValueError(
-                    f"{sample.task}: a sample needs {need} tokens with its answer, "
+                    f"{sample.task}: a sample needs {len(context) + after} tokens with its answer, "
                     f"{self.session.model.name} has a context of {limit}; nothing was truncated"
                 )
+            self._reserve = max(self._reserve, after)
 
     def answer(self, policy: str, samples: Sequence[Sample]) -> tuple[list[str], Cost]:
         """Greedy answers, one a sample."""
@@ -61,9 +69,8 @@ class ModelEngine:
         before = compilations()
         contexts, questions = zip(*(self.split(s) for s in samples))
         limits = [s.max_new_tokens for s in samples]
-        # One size for all tasks, so that they share compiled programs.
-        room = max(bucket(max(len(q) for q in questions), 64) + max(limits), 192)
-        filled = self._generator(policy).prefill(contexts, room)
+        free = self.session.lm.shape.max_context - max(len(c) for c in contexts)
+        filled = self._generator(policy).prefill(contexts, min(self._reserve, free))
         filled.extend(questions)
         outputs = filled.decode(limits, stop_tokens=tokenizer.eos_ids)
         return [tokenizer.decode(o.tokens) for o in outputs], self._cost(filled, before)

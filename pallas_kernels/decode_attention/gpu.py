@@ -23,7 +23,7 @@ _MAX_COLUMNS = 64
 _MAX_TREE = 32
 
 
-def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block_size, **_) -> str | None:
+def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block_size) -> str | None:
     """Why the kernel cannot run on these operands, or None if it can."""
     batch, q_heads, tokens, dim = q.shape
     columns = q_heads // lengths.shape[1] * tokens
@@ -47,6 +47,8 @@ def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block
         return f"page_size={store.slots}; format {store.format!r} needs multiples of {least}"
     if table is not None and store.format == DENSE and store.slots % 8:
         return f"page_size={store.slots}; multiples of 8 are supported"
+    if table is None and slots % 8:
+        return f"{slots} slots; multiples of 8 are supported, since heads start at tiles of 8 rows"
     if store.format != DENSE and table is None and slots % least:
         return f"{slots} slots; format {store.format!r} needs multiples of {least}"
     if blocks is not None and block_size % least:
@@ -61,6 +63,12 @@ def _block(store: KVStore) -> int:
     return 128 if store.format == "int2" else 64
 
 
+def _preferred_block(store: KVStore, unit: int, columns: int) -> int:
+    """Slots per step: 8 bits take 128 where pages, blocks and registers allow."""
+    wide = store.format in EIGHT_BIT and unit % 128 == 0 and columns <= 16 and store.head_dim == 128
+    return 128 if wide else _block(store)
+
+
 def choose_splits(rows: int, slots: int, block: int, resident: int) -> int:
     """Parts to cut every row's slots into, so that the GPU is full and a part is not too short.
 
@@ -70,8 +78,9 @@ def choose_splits(rows: int, slots: int, block: int, resident: int) -> int:
       block: slots per step.
       resident: CTAs that fit on one multiprocessor.
     """
-    wanted = max(1, round(resident * _SMS / rows))
-    return max(1, min(wanted, slots // (4 * block)))
+    wanted = 2 ** max(0, round(math.log2(resident * _SMS / rows)))
+    most = max(1, slots // (4 * block))
+    return min(wanted, 2 ** int(math.log2(most)))
 
 
 def decode_attention_gpu(
@@ -92,6 +101,7 @@ def decode_attention_gpu(
     splits: int | None = None,
     stages: int | None = None,
     block: int | None = None,
+    parts: tuple[int, int] | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass or None)."""
     batch, q_heads, tokens, dim = q.shape
@@ -99,16 +109,17 @@ def decode_attention_gpu(
     rows, columns = batch * kv_heads, q_heads // kv_heads * tokens
     slots = store.slots if table is None else store.slots * table.shape[2]
     fmt = "half" if store.format == DENSE else store.format
-    block = block or _block(store)
+    block = block or _preferred_block(store, math.gcd(store.slots, block_size or store.slots), columns)
     plan = step.Plan(
         fmt=fmt, dtype=_NAMES[q.dtype.name], dim=dim, columns=columns, tokens=tokens, block=block,
         stages=stages or _stages(fmt, dim, block), scale=scale, softcap=softcap, window=window, group=store.group,
         meta="f32" if store.k_scale is None else _NAMES[store.k_scale.dtype.name],
         causal=q_positions is not None, positions=positions is not None,
         tree=0 if mask is None else mask.shape[2], logits=slots if return_mass else 0,
+        **dict(zip(("key_chunks", "value_steps"), parts or (dim // 64, 8 if dim == 128 else 4))),
     )  # fmt: skip
     read = slots if blocks is None else blocks.shape[2] * block_size
-    splits = splits or choose_splits(rows, read, block, 8 if fmt == "half" else 6)
+    splits = splits or choose_splits(rows, read, block, 4 if fmt in PACKED_BITS else 2)
     call = _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size)
     arrays = {"q": q.reshape(rows, columns, dim), "lengths": lengths.reshape(rows)}
     for name in store.slot_fields():
@@ -163,7 +174,8 @@ def _stages(fmt: str, dim: int, block: int) -> int:
     row = 2 * dim * (2 if fmt == "half" else 1)
     if fmt in PACKED_BITS:
         row = row * PACKED_BITS[fmt] // 8
-    return max(2, min(6, 65_536 // (row * block) + 1))
+    # Packed keys need the next step's scales one step early, so that two stages would wait for one another.
+    return max(3 if fmt in PACKED_BITS else 2, min(6, 65_536 // (row * block) + 1))
 
 
 def _flat(x: Array, name: str, fmt: str) -> Array:
@@ -282,10 +294,13 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
             state = _inline(step.attend_keys(plan), state, first_slot(i), length, total, buffer, args,
                            result=plan.state_registers)  # fmt: skip
 
-            # Everyone has passed this step's barrier, so that the previous step's stage is free.
-            @pl.when(i + stages - 1 < end)
+            # Everyone has passed this step's barrier, so that the previous step's stage is free. One warp runs
+            # the copies' address arithmetic, the other three go on.
+            @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
             def _():
-                fetch(i + stages - 1, jnp.where(stage == 0, stages - 1, stage - 1))
+                @pl.when((lax.axis_index("warp") == 0) & (i + stages - 1 < end))
+                def _():
+                    fetch(i + stages - 1, jnp.where(stage == 0, stages - 1, stage - 1))
 
             state = _inline(step.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
                             result=plan.state_registers)  # fmt: skip

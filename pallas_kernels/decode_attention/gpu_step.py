@@ -51,6 +51,8 @@ class Plan:
     positions: bool = False  # slots have explicit positions
     tree: int = 0  # newest slots that a mask decides on
     logits: int = 0  # slots per row of the scaled logits to write out; 0: none
+    key_chunks: int = 2  # packed: 64-channel parts of K in registers at a time
+    value_steps: int = 8  # 16-slot parts of V in registers at a time
 
     @property
     def packed(self) -> int:
@@ -398,8 +400,8 @@ def _load_one_meta(plan: Plan, address: Reg) -> Reg:
 # ---- scores --------------------------------------------------------------------------------------------------
 
 
-def _key_fragments(plan: Plan, t: Thread, k_tile: Reg) -> list[list[list[Reg]]]:
-    """Packed K as f16 codes times 2**-24 (denormals): [tile][k step] -> 4 registers.
+def _key_fragments(plan: Plan, t: Thread, k_tile: Reg, chunks) -> list[list[list[Reg]]]:
+    """Packed K as f16 codes times 2**-24 (denormals): [tile][k step] -> 4 registers; 4 steps per 16-byte chunk.
 
     Word q of a thread holds channels dim/4 * quad + 4 q ... + 3 of 2 or 4 slots; field f of a byte is slot
     row + 32 f. Codes stay where they are in their byte: field f comes out times 2**(bits f).
@@ -409,7 +411,7 @@ def _key_fragments(plan: Plan, t: Thread, k_tile: Reg) -> list[list[list[Reg]]]:
     for block in range(plan.k_rows // 32):
         row = t.warp * 8 + t.row + 32 * block
         words = []
-        for q in range(plan.dim // 64):
+        for q in chunks:
             chunk = t.quad * (plan.dim // 64) + q
             words += ptx.load(k_tile + tile_offset(row, chunk, plan.k_row), words=4)
         for word in words:
@@ -431,18 +433,22 @@ def _scores(plan: Plan, t: Thread, k_tile: Reg, q_tile: Reg, scales) -> list[lis
     b_matrix = ptx.matrix(q_tile, rows_apart=row * 8)
     in_row = [(s // 4) * 1024 + (s % 4) * 32 for s in range(row // 32)]
     if plan.packed:
-        fragments = _key_fragments(plan, t, k_tile)
-        extra = plan.dim // 64
-        a, b = [], []
-        for tile in range(plan.tiles):
-            # "Codes" of 1 for the zero points, with the same powers of two as the slots of each row have.
-            field = 2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0
-            ones = [ptx.i32((1 << (plan.packed * (field + e))) * 0x10001) for e in range(2)]
-            group = tile * 64 // plan.group
-            b += [group * n * row + in_row[s] for s in range(steps + extra)]
-            a += fragments[tile] + [[*ones, *ones]] * extra
-        types = ("f32", "f16", "f16")
-        raw = ptx.wgmma([[] for _ in range(plan.tiles)], a, b, b_matrix=b_matrix, n=n, types=types, init=True)
+        extra, per = plan.dim // 64, plan.key_chunks
+        raw = [[] for _ in range(plan.tiles)]
+        for start in range(0, plan.dim // 64, per):
+            fragments = _key_fragments(plan, t, k_tile, range(start, start + per))
+            last = start + per == plan.dim // 64
+            a, b = [], []
+            for tile in range(plan.tiles):
+                # "Codes" of 1 for the zero points, with the same powers of two as the slots of each row have.
+                field = 2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0
+                ones = [ptx.i32((1 << (plan.packed * (field + e))) * 0x10001) for e in range(2)]
+                group = tile * 64 // plan.group
+                here = range(4 * start, 4 * (start + per) + (extra if last else 0))
+                b += [group * n * row + in_row[s] for s in here]
+                a += fragments[tile] + ([[*ones, *ones]] * extra if last else [])
+            types = ("f32", "f16", "f16")
+            raw = ptx.wgmma(raw, a, b, b_matrix=b_matrix, n=n, types=types, init=start == 0)
     else:
         a_matrix = ptx.matrix(k_tile, rows_apart=plan.k_row * 8)
         offsets = [tile * 8 * plan.k_row * 8 + in_row[s] for tile in range(plan.tiles) for s in range(steps)]
@@ -731,7 +737,7 @@ def attend_values(plan: Plan):
             acc = ptx.wgmma(acc, a, b * channel_tiles, b_matrix=b_matrix, a_matrix=a_matrix, n=n, types=types,
                             init=False, a_transposed=True)  # fmt: skip
         else:
-            per = min(steps, 8 if plan.dim == 128 else 4)  # bounds the registers that hold V
+            per = min(steps, plan.value_steps)
             for start in range(0, steps, per):
                 fragments = _value_fragments(plan, t, v_tile, range(start, start + per))
                 a = [regs for tile in fragments for regs in tile]

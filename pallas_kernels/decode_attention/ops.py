@@ -10,13 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention import gpu, tpu
 from pallas_kernels.decode_attention.reference import decode_attention_xla
 from pallas_kernels.formats import DENSE, EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, pack_block
-from pallas_kernels.platform import (
-    check_dtype,
-    check_shape,
-    choose_implementation,
-    require_hopper,
-    require_platform,
-)
+from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
+from pallas_kernels.platform import require_hopper, require_platform
 
 Array = jax.Array
 MAX_TOKENS = 16
@@ -91,12 +86,13 @@ def decode_attention(
         window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
         return_mass=return_mass,
     )  # fmt: skip
-    on_gpu = require_hopper() or gpu.unsupported(q, kv, **args)
-    on_tpu = require_platform("tpu") or tpu.unsupported(
-        q, kv, table=table, blocks=blocks, block_size=block_size
-    )
-    reasons = {"xla": None, "mosaic_gpu": on_gpu, "mosaic_tpu": on_tpu}
-    chosen = choose_implementation(_OP, implementation, reasons, ("mosaic_gpu", "mosaic_tpu", "xla"))
+    layout = dict(table=table, blocks=blocks, block_size=block_size)
+    reasons = {
+        "mosaic_gpu": require_hopper() or gpu.unsupported(q, kv, lengths=lengths, mask=mask, **layout),
+        "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, kv, **layout),
+        "xla": None,
+    }
+    chosen = choose_implementation(_OP, implementation, reasons, tuple(reasons))
     run = {
         "xla": decode_attention_xla,
         "mosaic_gpu": gpu.decode_attention_gpu,

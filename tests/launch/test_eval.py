@@ -13,7 +13,7 @@ from launch import eval as command_eval
 from launch.evaluation.engine import ModelEngine
 from launch.evaluation.samples import Sample
 from launch.evaluation.tasks import Source, Window, parse_tasks, windows
-from launch.session import Session
+from launch.session import Session, compilations
 from models import checkpoint, decoder
 from models.lm import DecoderLM
 
@@ -88,7 +88,9 @@ def forward(session, tokens, width=128):
 
 def test_answers_follow_context_and_question_tokenized_apart(session):
     sample = Sample(TEXT, "\nWhat is it? It is", ("x",), 6, "t")
-    (text,), cost = ModelEngine(session).answer("full", [sample])
+    engine = ModelEngine(session)
+    engine.prepare([sample])
+    (text,), cost = engine.answer("full", [sample])
     tokens = session.model.tokenizer.encode(sample.context) + session.encode(sample.question)
     for _ in range(6):
         tokens.append(int(forward(session, tokens)[-1].argmax()))
@@ -184,3 +186,33 @@ def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     assert message in command(command_eval, *argv).error
     assert list(pathlib.Path().rglob("*.json")) == []
+
+
+def test_samples_of_other_lengths_share_the_compiled_programs(session):
+    engine = ModelEngine(session)
+    samples = [
+        Sample(TEXT, "\nWhat is it? It is", ("x",), 6, "t"),
+        Sample(TEXT[:-40], "\nWhat was the old man told by the fire? He was told", ("x",), 70, "t"),
+    ]
+    engine.prepare(samples)
+    before = compilations()
+    engine.answer("int8", samples[:1])
+    once = compilations()
+    engine.answer("int8", samples[1:])
+    assert once - before == 4  # prefill, extend, begin, decode
+    assert compilations() == once
+
+
+def test_a_sample_may_fill_the_whole_context(session):
+    limit = session.lm.shape.max_context
+    long = Sample(" word" * (limit - 40), "\nWhat is it? It is", ("x",), 8, "t")
+    engine = ModelEngine(session)
+    used = sum(map(len, engine.split(long))) + long.max_new_tokens
+    fits = Sample(
+        " word" * (limit - 40 + limit - used), long.question, long.answers, long.max_new_tokens, "t"
+    )
+    assert sum(map(len, engine.split(fits))) + fits.max_new_tokens == limit
+    engine.prepare([fits, Sample("a", "b", ("x",), 500, "t")])
+    over = Sample(fits.context + " word", fits.question, fits.answers, fits.max_new_tokens, "t")
+    with pytest.raises(ValueError, match=f"needs {limit + 1} tokens with its answer"):
+        engine.prepare([over])

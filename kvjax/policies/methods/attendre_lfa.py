@@ -10,11 +10,13 @@ from kvjax.policies.scorers.statistics import AttendedTopK
     arxiv="2401.04881",
     tiny=dict(top=4, recent=2),
 )
-def attendre_lfa(budget: Budget = 0.5, top: int = 32, recent: int = 16, evict_decode: bool = True) -> Policy:
+def attendre_lfa(
+    budget: Budget = 0.5, top: int = 32, recent: int = 16, evict_decode: bool = True, interval: int = 1
+) -> Policy:
     """The least frequently attended entry leaves; attended means among the `top` of a query of the group.
 
-    score = number of queries (and heads) that attended the entry. The query memory that delays queries until later keys are there
-    needs a bidirectional model and is not part of a causal decoder's cache.
+    score = number of queries (and heads) that attended the entry. The query
+    memory that delays queries until later keys are there needs a bidirectional model and is left out.
     """
     if top < 1:
         raise ValueError(f"attendre_lfa: top must be at least 1, got {top}")
@@ -23,5 +25,6 @@ def attendre_lfa(budget: Budget = 0.5, top: int = 32, recent: int = 16, evict_de
         budget=budget,
         recent=recent,
         evict_decode=evict_decode,
+        interval=interval,
         explicit=frozenset({"scorer"}),
     )

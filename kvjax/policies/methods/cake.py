@@ -30,9 +30,13 @@ def cake(
     are cut once, which keeps the same entries. Decoding evicts by the attention of the new query.
     """
     if window < 2 or kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"cake: window must be at least 2 and kernel odd, got window={window}, kernel={kernel}")
+        raise ValueError(
+            f"cake: window must be at least 2 and kernel odd, got window={window}, kernel={kernel}"
+        )
     if min(tau1, tau2) <= 0 or gamma < 0:
-        raise ValueError(f"cake: tau1 and tau2 must be positive and gamma not negative, got {tau1}, {tau2}, {gamma}")
+        raise ValueError(
+            f"cake: tau1 and tau2 must be positive and gamma not negative, got {tau1}, {tau2}, {gamma}"
+        )
     own = Policy(scorer=MeanVariance(window, kernel, gamma), budget=0.5, recent=window, evict_decode=True)
     inner = scoring("cake", scorer, own)
     fields = {} if evict_decode is None else {"evict_decode": evict_decode}

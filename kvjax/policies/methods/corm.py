@@ -11,7 +11,9 @@ from kvjax.policies.scorers.statistics import RecentMessage
     arxiv="2404.15949",
     tiny=dict(window=6, recent=4),
 )
-def corm(cap: Budget = 1.0, window: int = 256, recent: int = 256, evict_decode: bool = True) -> Policy:
+def corm(
+    cap: Budget = 1.0, window: int = 256, recent: int = 256, evict_decode: bool = True, interval: int = 1
+) -> Policy:
     """An entry leaves when it was unimportant to all of the last `window` queries; heads keep what remains.
 
     Important to query i: A[i, j] >= 1 / (entries visible to i), for any head of the group. The position of the last
@@ -27,5 +29,6 @@ def corm(cap: Budget = 1.0, window: int = 256, recent: int = 256, evict_decode: 
         budget=cap,
         recent=recent,
         evict_decode=evict_decode,
+        interval=interval,
         explicit=frozenset({"scorer", "allocator"}),
     )

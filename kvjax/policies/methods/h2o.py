@@ -10,7 +10,7 @@ from kvjax.policies.scorers.attention import AccumulatedAttention
     arxiv="2306.14048",
     tiny=dict(recent=4),
 )
-def h2o(budget: Budget = 0.5, recent: int = 32, evict_decode: bool = True) -> Policy:
+def h2o(budget: Budget = 0.5, recent: int = 32, evict_decode: bool = True, interval: int = 1) -> Policy:
     """Heavy hitters (largest attention accumulated over all queries) plus the `recent` newest entries.
 
     score[h, j] = sum_i A[h, i, j] over every prompt query and every decode step, mean over the query group. The
@@ -21,5 +21,6 @@ def h2o(budget: Budget = 0.5, recent: int = 32, evict_decode: bool = True) -> Po
         budget=budget,
         recent=recent,
         evict_decode=evict_decode,
+        interval=interval,
         explicit=frozenset({"scorer"}),
     )

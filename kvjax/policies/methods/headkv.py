@@ -9,7 +9,9 @@ from kvjax.policies.head_scores import head_table
 from kvjax.policies.methods.snapkv import snapkv
 from kvjax.policies.registry import Budget, method
 
-TITLE = "Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning"
+TITLE = (
+    "Not All Heads Matter: A Head-Level KV Cache Compression Method with Integrated Retrieval and Reasoning"
+)
 
 
 def build_headkv(

@@ -19,6 +19,7 @@ def keyformer(
     noise: float = 1.0,
     seed: int = 0,
     evict_decode: bool = True,
+    interval: int = 1,
 ) -> Policy:
     """Heavy hitters of attention with Gumbel noise on its logits, so that lost mass does not bias the choice.
 
@@ -33,5 +34,6 @@ def keyformer(
         budget=budget,
         recent=recent,
         evict_decode=evict_decode,
+        interval=interval,
         explicit=frozenset({"scorer"}),
     )

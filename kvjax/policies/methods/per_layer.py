@@ -8,7 +8,9 @@ from kvjax.policies.registry import method
 
 
 @method(title="Budgets per layer", arxiv="", tiny=dict(layer_budgets=(0.5, 12)))
-def per_layer(layer_budgets: tuple[int | float, ...] = (0.5,) * 12, scorer: Policy | str | None = None) -> Policy:
+def per_layer(
+    layer_budgets: tuple[int | float, ...] = (0.5,) * 12, scorer: Policy | str | None = None
+) -> Policy:
     """Layer i keeps layer_budgets[i] entries per KV head (int) or that fraction of the prompt (float).
 
     kvpress' PerLayerCompression, whose ratios are 1 - budget. The default list fits kvref-22m's 12 layers; the

@@ -7,9 +7,15 @@ from kvjax.policies.registry import Budget, method
 from kvjax.policies.scorers.temporal import LayerMass
 
 
-@method(title="PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need", arxiv="2412.03409")
+@method(
+    title="PrefixKV: Adaptive Prefix KV Cache is What Vision Instruction-Following Models Need",
+    arxiv="2412.03409",
+)
 def prefixkv(
-    scorer: Policy | str | None = None, budget: Budget | None = None, sink: int | None = None, recent: int | None = None
+    scorer: Policy | str | None = None,
+    budget: Budget | None = None,
+    sink: int | None = None,
+    recent: int | None = None,
 ) -> Policy:
     """Every layer keeps its best entries up to one global level of attention mass, found by bisection.
 

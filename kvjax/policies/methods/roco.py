@@ -17,6 +17,7 @@ def roco(
     prefill_share: float = 0.1,
     decode_share: float = 0.3,
     evict_decode: bool = True,
+    interval: int = 1,
 ) -> Policy:
     """Entries with the lowest mean attention leave, but those whose attention varies most are spared.
 
@@ -30,5 +31,6 @@ def roco(
         sink=sink,
         recent=recent,
         evict_decode=evict_decode,
+        interval=interval,
         explicit=frozenset({"scorer"}),
     )

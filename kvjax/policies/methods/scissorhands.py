@@ -11,12 +11,13 @@ from kvjax.policies.scorers.statistics import Persistence
     tiny=dict(window=16, recent=4),
 )
 def scissorhands(
-    budget: Budget = 0.5, window: int = 400, recent: int = 10, evict_decode: bool = True
+    budget: Budget = 0.5, window: int = 400, recent: int = 10, evict_decode: bool = True, interval: int = 1
 ) -> Policy:
     """Entries that were important to most of the last `window` queries stay: importance persists.
 
     score[j] = #{i in window: A[i, j] >= 1 / (entries visible to i)} / queries that saw j, mean attention over the
-    group; one bit per query and entry is stored. Uniform over layers (the paper gives later layers more; compose
+    group; one bit per query and entry is stored. The
+    paper drops half of the cache at once: interval = decode steps from one eviction to the next. Uniform over layers (the paper gives later layers more; compose
     with a layer allocator).
     """
     if window < 1:
@@ -26,5 +27,6 @@ def scissorhands(
         budget=budget,
         recent=recent,
         evict_decode=evict_decode,
+        interval=interval,
         explicit=frozenset({"scorer"}),
     )

@@ -29,7 +29,9 @@ def taskkv(
     KV heads take the role of its heads. Where the budget cannot hold a full head, fewer are full.
     """
     if not 0.0 <= beta <= 1.0 or min(m, window, top) < 1:
-        raise ValueError(f"taskkv: beta must be in [0, 1] and m, window, top positive, got {beta}, {m}, {window}, {top}")
+        raise ValueError(
+            f"taskkv: beta must be in [0, 1] and m, window, top positive, got {beta}, {m}, {window}, {top}"
+        )
     own = Policy(scorer=WindowAttention(window, 7, "avg"), budget=0.5, sink=16, recent=256)
     inner = scoring("taskkv", scorer, own)
     fields = {k: v for k, v in (("sink", sink), ("recent", recent)) if v is not None}

@@ -16,8 +16,9 @@ def treekv(
     """Old regions are thinned most and recent ones least, like a tree, by a pointer that sweeps over the entries.
 
     When the cache is full, the two entries at the pointer compete by mean attention per observing query, the lower
-    one leaves, and the pointer moves on, cyclically. It sweeps between the sinks and the `recent` newest entries; in
-    prefill over blocks of `block` tokens. The paper has recent=508 for 1024 entries. Keys keep their positions (the paper re-assigns ranks).
+    one leaves, and the pointer moves on, cyclically. It sweeps between the sinks and the `recent` newest entries
+    (paper: 508 of 1024); in prefill over blocks of `block` tokens. Keys keep their positions (the paper re-assigns
+    ranks).
     """
     if block < 1:
         raise ValueError(f"treekv: block must be at least 1 token, got {block}")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 
 from kvjax.policies.base import PROTECTED, Array, Selection
-from kvjax.policies.ordering import take
+from kvjax.policies.ordering import split, take
 
 
 def mask_to_index(mask: Array, capacity: int) -> Array:
@@ -24,14 +25,13 @@ def mask_to_index(mask: Array, capacity: int) -> Array:
 
 
 def in_time(scores: Array, live: Array, size: int) -> tuple[Array, Array, Array]:
-    """(scores summed over heads, live) as [batch, chunks, size] in time order, and ranks [batch, heads, slots]."""
+    """Time order, cut in chunks: scores [batch, heads, chunks, size] (0 where a head has no entry), whether any
+    head has one [batch, chunks, size], and the ranks [batch, heads, slots]."""
     order = jnp.argsort(~live, axis=-1, stable=True)
     rank = jnp.where(live, jnp.cumsum(live, axis=-1) - 1, live.shape[-1])
-    total = jnp.sum(jnp.where(take(live, order), take(scores, order), 0.0), axis=1)
-    used = jnp.any(take(live, order), axis=1)
-    pad = ((0, 0), (0, -total.shape[-1] % size))
-    chunked = (jnp.pad(x, pad).reshape(x.shape[0], -1, size) for x in (total, used))
-    return *chunked, rank  # type: ignore[return-value]
+    used = take(live, order)
+    token = split(jnp.where(used, take(scores, order), 0.0), size)
+    return token, split(jnp.any(used, axis=1), size, False), rank
 
 
 def descending_rank(x: Array) -> Array:
@@ -44,12 +44,13 @@ class Chunks(Selection):
     """The best chunks of `length` tokens that fit, whole; by mean score, or by the mean of their best `top`.
 
     separate: protected entries are kept on their own and chunks are cut from the others; otherwise they lift
-    the chunks they are in. A count below one chunk keeps the best tokens of the best chunk.
+    the chunks they are in. A count below one chunk keeps the best tokens of the best chunk. reuse: see `Selection`.
     """
 
     length: int = 10
     top: int | None = None
     separate: bool = False
+    reuse: int = 1
 
     def select(self, scores: Array, valid: Array, counts: Array, capacity: int) -> Array:
         """See `Selection.select`."""
@@ -58,10 +59,10 @@ class Chunks(Selection):
         room = counts - jnp.sum(fixed, axis=-1)
         token, used, rank = in_time(scores, valid & ~fixed, self.length)
         size = jnp.sum(used, axis=-1)
-        best = -jnp.sort(-jnp.where(used, token, -jnp.inf), axis=-1)[..., : self.top]
-        mean = jnp.sum(jnp.where(best > -jnp.inf, best, 0.0), axis=-1) / jnp.maximum(
-            jnp.minimum(size, best.shape[-1]), 1
-        )
+        best = -jnp.sort(-jnp.where(used[:, None], token, -jnp.inf), axis=-1)[..., : self.top]
+        total = jnp.sum(jnp.where(best > -jnp.inf, best, 0.0), axis=(1, 3))
+        mean = total / jnp.maximum(jnp.minimum(size, best.shape[-1]), 1)
+        token = jnp.sum(token, axis=1)
         order = jnp.argsort(jnp.where(size > 0, -mean, jnp.inf), axis=-1, stable=True)
         fits = jnp.cumsum(take(size, order), axis=-1)[:, None] <= room[..., None]  # [batch, heads, chunks]
         place = jnp.argsort(order, axis=-1)
@@ -90,7 +91,7 @@ class EntropyGatedChunks(Selection):
         """See `Selection.select`."""
         counts = jnp.minimum(counts, capacity)
         token, used, rank = in_time(scores, valid, self.length)
-        size = jnp.sum(used, axis=-1)
+        token, size = jnp.sum(token, axis=1), jnp.sum(used, axis=-1)
         mean = jnp.sum(token, axis=-1) / jnp.maximum(size, 1)
         entropy = self._entropy(token, used, size)
         live = size > 0
@@ -165,3 +166,25 @@ class Crush(Selection):
         else:
             anchor = {"zeros": heads < 0, "ones": heads >= 0, "alternate": heads % 2 == 1}[self.anchor]
         return jnp.sum(bits != anchor, axis=1).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments(Selection):
+    """Entries of equal score belong together: whole runs of equal scores, best first, while they fit.
+
+    When not even the best run fits, its oldest entries fill the count.
+    """
+
+    def select(self, scores: Array, valid: Array, counts: Array, capacity: int) -> Array:
+        """See `Selection.select`."""
+        slots = scores.shape[-1]
+        scores = jnp.where(valid, scores, -jnp.inf)
+        order = jnp.argsort(-scores, axis=-1, stable=True)
+        ranked = take(scores, order)
+        place = jnp.arange(slots, dtype=jnp.int32)
+        ends = jnp.concatenate([ranked[..., 1:] != ranked[..., :-1], jnp.ones_like(valid[..., :1])], axis=-1)
+        end = jax.lax.cummin(jnp.where(ends, place + 1, slots + 1), axis=scores.ndim - 1, reverse=True)
+        count = jnp.minimum(counts, capacity)[..., None]
+        whole = end <= count
+        keep = jnp.where(jnp.any(whole, axis=-1, keepdims=True), whole, place < count)
+        return mask_to_index(take(keep, jnp.argsort(order, axis=-1)) & valid, capacity)

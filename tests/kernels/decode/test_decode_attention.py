@@ -231,6 +231,6 @@ def test_bad_input_is_named(change, message):
     assert "\n" not in str(error.value)
 
 
-def test_formats_partition():
+def test_formats_are_named_once():
     assert set(FORMATS) == {"dense", *EIGHT_BIT, *PACKED_BITS}
     assert dataclasses.fields(KVStore)[0].name == "k"

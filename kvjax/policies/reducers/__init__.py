@@ -1,0 +1,1 @@
+"""Reducers: what happens to the entries that lose their place?"""

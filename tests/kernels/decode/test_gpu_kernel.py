@@ -1,0 +1,108 @@
+"""The Hopper kernel: lowered on any host, checked against the float64 loop where there is a Hopper GPU."""
+
+import functools
+
+import decode_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_decode_attention import check, draft
+
+from pallas_kernels import formats
+from pallas_kernels.decode_attention import gpu
+from pallas_kernels.platform import require_hopper
+
+BF16 = jnp.bfloat16
+ALL = dict(positions=None, q_positions=None, mask=None, scale=0.1, window=None, softcap=None, table=None,
+           blocks=None, block_size=None, return_mass=False)  # fmt: skip
+
+
+def ints(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def lower(fmt, *, batch=2, kv_heads=2, group=4, slots=1024, dim=128, tokens=1, page=None, **options):
+    """The StableHLO text of a call for a CUDA device."""
+    lead = (batch, kv_heads, slots) if page is None else (batch * kv_heads * slots // page, page)
+    x = jax.ShapeDtypeStruct((*lead, dim), BF16)
+    store = jax.eval_shape(functools.partial(formats.encode, format=fmt), x, x)
+    arrays = dict(lengths=ints(batch, kv_heads))
+    if page is not None:
+        arrays["table"] = ints(batch, kv_heads, slots // page)
+    arrays |= {n: v for n, v in options.items() if isinstance(v, jax.ShapeDtypeStruct)}
+    static = {n: v for n, v in (ALL | options).items() if n not in arrays}
+    q = jax.ShapeDtypeStruct((batch, kv_heads * group, tokens, dim), BF16)
+
+    def call(q, store, arrays):
+        return gpu.decode_attention_gpu(q, store, **arrays, **static)
+
+    return jax.jit(call).trace(q, store, arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("fmt", formats.FORMATS)
+def test_lowers_to_one_kernel_that_takes_the_cache_as_stored(fmt):
+    text = lower(fmt)
+    assert text.count("@mosaic_gpu") == 1
+    # Nothing but reshapes may touch the cache on its way to the kernel.
+    for moving in ("stablehlo.transpose", "stablehlo.concatenate", "stablehlo.pad", "stablehlo.gather"):
+        lines = [x for x in text.splitlines() if moving in x and ("1024" in x or "512x" in x)]
+        assert not lines, lines
+
+
+@pytest.mark.parametrize(
+    "fmt, options",
+    [
+        ("dense", dict(page=16, tokens=3, q_positions=ints(2, 3), window=100, softcap=20.0)),
+        ("dense", dict(tokens=4, mask=jax.ShapeDtypeStruct((2, 4, 8), jnp.bool_), return_mass=True)),
+        ("int8", dict(page=64, positions=ints(2, 2, 1024), q_positions=ints(2, 1))),
+        ("int4", dict(blocks=ints(2, 2, 5), block_size=64)),
+        ("fp8_e4m3", dict(dim=256, group=16)),
+    ],
+)
+def test_options_lower(fmt, options):
+    assert lower(fmt, **options).count("@mosaic_gpu") == 1
+
+
+def test_splits_fill_the_device_without_tiny_parts():
+    for rows, slots in [(8, 32768), (8, 131072), (256, 8192), (512, 4096), (64, 32768), (1, 1 << 20), (8, 100)]:
+        splits = gpu.choose_splits(rows, slots, 64, 2)
+        assert splits & (splits - 1) == 0
+        assert splits == 1 or slots // splits >= 4 * 64
+        assert rows * splits >= 128 or slots // splits < 8 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(dtype=jnp.float32), "q is float32"),
+        (dict(dim=80), "head_dim=80"),
+        (dict(fmt="int8", dim=64), "head_dim=64"),
+        (dict(fmt="int4", kv_group=32), "group=32"),
+        (dict(group=65), "65 queries per KV head"),
+        (dict(page=32, fmt="int8"), "page_size=32"),
+    ],
+)
+def test_what_the_kernel_does_not_cover_is_named(change, reason):
+    problem = oracle.make(np.random.default_rng(), **(dict(dim=128, dtype=BF16, kv_group=64, batch=1) | change))
+    layout = dict(table=problem.table, blocks=None, block_size=None)
+    got = gpu.unsupported(problem.q, problem.store, lengths=problem.lengths, mask=None, **layout)
+    assert got is not None and reason in got and "\n" not in got
+
+
+hopper = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu" or require_hopper() is not None,
+                                              reason="needs a Hopper GPU")]  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", [pytest.param(f, marks=hopper) for f in formats.FORMATS])
+@pytest.mark.parametrize("page", [None, 128])
+def test_device_formats_and_layouts(fmt, page):
+    rng = np.random.default_rng()
+    run = functools.partial(check, dtype=BF16, implementation="mosaic_gpu")
+    base = dict(fmt=fmt, page=page, dtype=BF16, dim=128, group=4, kv_group=64, slots=512)
+    run(oracle.make(rng, **base, lengths=[[512, 130], [0, 1]]))
+    run(oracle.make(rng, **base))
+    mask = np.stack([draft(rng, 4)] * 2)
+    run(oracle.make(rng, **base, tokens=4, lengths=[[512, 300], [64, 65]]), mask=mask)
+    blocks = np.array([[[2, 0], [1, -1]], [[3, 1], [0, 2]]], np.int32)
+    run(oracle.make(rng, **base), blocks=blocks, block_size=128)
