@@ -18,9 +18,9 @@ from kvjax.cache.read import stored_attention
 from kvjax.cache.state import KVCache, Pool, View
 from kvjax.policies.base import LOG_COUNT, Policy, Tokens
 from kvjax.policies.observation import NEG, Observation
+from kvjax.sharded_kernels import prefill_attention
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttendFn, AttentionInputs
-from pallas_kernels.prefill_attention import prefill_attention
 
 
 def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: str | None = None) -> AttendFn:

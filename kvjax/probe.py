@@ -17,8 +17,8 @@ from kvjax.cache import ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, View
 from kvjax.policies.base import Policy
+from kvjax.sharded_kernels import prefill_attention
 from kvjax.types import Array, AttendFn, AttentionInputs
-from pallas_kernels.prefill_attention import prefill_attention
 
 
 @struct.dataclass

@@ -34,6 +34,8 @@ from models.lm import DecoderLM
 
 Row = dict[str, Any]
 
+CALL_TOKENS = 16384  # tokens of one prefill call over all rows: more only costs memory
+
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
@@ -136,10 +138,15 @@ def model_rows(
     batch: int,
     context: int,
     new_tokens: int = 128,
+    chunk: int = 0,
     mesh: str = "",
     progress: bool = False,
 ) -> list[Row]:
-    """Rows `prefill` (the whole prompt into a compressed cache) and `decode` (one step on that cache)."""
+    """Rows `prefill` and `decode` (one step on the full cache).
+
+    `prefill` is one call: the whole prompt, or the last of the chunks of `chunk` tokens a row in which it
+    enters the cache (0: as many as `CALL_TOKENS` allows). `calls` says how many calls a prompt takes.
+    """
     config = zoo.shape(model)
     devices = devices_of(topology)
     sizes = parse_mesh(mesh) or default_mesh(len(devices), config.kv_heads, batch)
@@ -173,29 +180,44 @@ def model_rows(
     def prefill(params, tokens, positions):
         return engine.prefill(lm, plan, params, tokens, positions)
 
+    def extend(params, cache, tokens, positions):
+        return engine.extend(lm, plan, params, cache, tokens, positions, compress=True)
+
+    chunk = min(context, chunk or max(128, CALL_TOKENS // batch))
+    new = (ints(batch, chunk), ints(batch, chunk))
+    whole = ("prefill", prefill, (weights, *new), ())
     stages = [
-        ("prefill", prefill, (weights, ints(batch, context), ints(batch, context)), ()),
+        whole if chunk == context else ("prefill", extend, (weights, cache, *new), (1,)),
         ("decode", decode, (weights, cache, ints(batch), ints(batch)), (1,)),
     ]
-    return [
+    rows = [
         compile_stage(name, topology, grid, fn, args, donate=donate)
         for name, fn, args, donate in tqdm(stages, desc=f"{model} {topology}", disable=not progress)
     ]
+    return [
+        row | {"calls": -(-context // chunk) if row["stage"] == "prefill" else 1, "tokens_per_call": tokens}
+        for row, tokens in zip(rows, (batch * chunk, batch))
+    ]
 
 
-def _define(f: flags.FlagValues) -> None:
+def define(f: flags.FlagValues) -> None:
+    """The flags of this command."""
     flags.DEFINE_string("topology", "v5e:2x4", "TPU slice, e.g. v5e:2x4, v5p:2x2x1", flag_values=f)
     flags.DEFINE_string("model", "", f"shape of the model: {', '.join(zoo.SHAPES)}", flag_values=f)
     flags.DEFINE_string("policy", "full", "policy spec", flag_values=f)
     flags.DEFINE_integer("batch", 1, "rows", lower_bound=1, flag_values=f)
     flags.DEFINE_integer("context", 8192, "prompt tokens per row", lower_bound=1, flag_values=f)
     flags.DEFINE_integer("max_new_tokens", 128, "tokens to reserve", lower_bound=0, flag_values=f)
+    flags.DEFINE_integer(
+        "chunk", 0, "prompt tokens per row and call (0: automatic)", lower_bound=0, flag_values=f
+    )
     flags.DEFINE_string("mesh", "", "e.g. data=2,tensor=4; default: KV heads first, then rows", flag_values=f)
     flags.DEFINE_bool("kernels", False, "also compile every TPU kernel for one chip", flag_values=f)
     flags.DEFINE_string("out", "", "JSON file for the rows", flag_values=f)
 
 
-def _main(f: flags.FlagValues) -> None:
+def main(f: flags.FlagValues) -> None:
+    """Compile what is asked for, print a table, write the rows."""
     jax.config.update("jax_platforms", "cpu")  # before any backend starts: no TPU is wanted here
     if not f.model and not f.kernels:
         raise ValueError("nothing to compile: give --model, or --kernels, or both")
@@ -203,7 +225,7 @@ def _main(f: flags.FlagValues) -> None:
     if f.model:
         rows += model_rows(
             f.topology, f.model, f.policy, batch=f.batch, context=f.context, new_tokens=f.max_new_tokens,
-            mesh=f.mesh, progress=True,
+            chunk=f.chunk, mesh=f.mesh, progress=True,
         )  # fmt: skip
     if f.kernels:
         rows += kernel_rows(f.topology, aot_kernels.Sizes(), progress=True)
@@ -224,4 +246,4 @@ def _main(f: flags.FlagValues) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(_define, _main))
+    sys.exit(cli.run(define, main))

@@ -11,8 +11,8 @@ from kvjax.cache import deferred, ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.codecs.blocked import blocked_attention
+from kvjax.sharded_kernels import decode_attention
 from kvjax.types import AttentionInputs
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.formats import KVStore
 from pallas_kernels.merge_partials import merge_partials
 

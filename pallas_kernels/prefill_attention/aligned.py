@@ -1,4 +1,4 @@
-"""Aligned causal prompts as index ranges: how the kernels see padding, windows, packing and block tables.
+"""Which key blocks every query tile reads: how the kernels see padding, windows, packing and block tables.
 
 In a `causal_aligned` call, query i of a row sees exactly the slots low[i] <= j <= i for one number low[i]:
 the start of its segment or of the valid tokens, or i - window + 1. An invalid query has low[i] = i + 1.
@@ -87,3 +87,34 @@ def sparse_plan(low: Array, blocks: BlockTable, tile_q: int, tile_k: int) -> Pla
     head = jnp.minimum(head, count)
     steps = jnp.stack([head, jnp.clip(body, head, count), count], axis=-1)
     return Plan(None, jnp.where(table < tokens, table, 0).astype(jnp.int32), steps.astype(jnp.int32))
+
+
+def positions_plan(
+    q_positions: Array, k_positions: Array, window: int | None, tile_q: int, tile_k: int
+) -> Plan:
+    """Plan for slots in any order: all blocks up to the last that any query of the tile sees.
+
+    The leading blocks in which every query of the tile sees every slot of every KV head need no mask: those of
+    an uncompressed cache before a chunk of new tokens.
+
+    Args:
+      q_positions: int32 [batch, tokens], tokens a multiple of tile_q; -1 padding.
+      k_positions: int32 [batch, kv_heads, slots], slots a multiple of tile_k; -1 empty.
+    """
+    batch, tokens = q_positions.shape
+    tiles, blocks = tokens // tile_q, k_positions.shape[2] // tile_k
+    queries = q_positions.reshape(batch, tiles, 1, tile_q)
+    keys = k_positions.reshape(batch, k_positions.shape[1], 1, blocks, tile_k)
+    q_low, q_high = queries.min(-1), queries.max(-1)  # [batch, tiles, 1]
+    k_low = keys.min(-1).min(1)  # [batch, 1, blocks], over the KV heads
+    k_high = keys.max(-1).max(1)
+    first = jnp.where(keys < 0, jnp.iinfo(jnp.int32).max, keys).min(-1).min(1)  # first filled position
+    full = (k_low >= 0) & (k_high <= q_low)
+    some = (k_high >= 0) & (first <= q_high)
+    if window is not None:
+        full &= k_low > q_high - window
+        some &= k_high > q_low - window
+    body = jnp.cumprod(full, axis=-1).sum(-1)
+    count = jnp.where(some, jnp.arange(1, blocks + 1), 0).max(-1)
+    steps = jnp.stack([jnp.zeros_like(count), jnp.minimum(body, count), count], axis=-1)
+    return Plan(jnp.zeros((batch, tiles), jnp.int32), None, steps[:, None].astype(jnp.int32))

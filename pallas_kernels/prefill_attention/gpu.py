@@ -1,4 +1,4 @@
-"""Prefill attention for Hopper through Mosaic GPU: aligned causal prompts, dense or by block table.
+"""Prefill attention for Hopper through Mosaic GPU: causal prompts, dense or by block table, and chunks.
 
 One CTA holds a tile of 128 queries of one head: two compute warpgroups of 64 queries each and one that only
 issues TMA loads of K and V into a ring. The compute warpgroups alternate (ping-pong): one runs its softmax
@@ -48,13 +48,15 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // 64) * 64
 
 
-def unsupported(q: Array, *, scale: float, causal_aligned: bool, blocks: BlockTable | None) -> str | None:
+def unsupported(
+    q: Array, *, scale: float, causal_aligned: bool, blocks: BlockTable | None, q_segments: Array | None
+) -> str | None:
     """Why the kernel cannot run on these operands, or None."""
     head_dim = q.shape[-1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (bfloat16 and float16 are supported)"
-    if not causal_aligned:
-        return "it needs causal_aligned=True (queries and keys are the same tokens)"
+    if not causal_aligned and (blocks is not None or q_segments is not None):
+        return "block tables and segments need causal_aligned=True (queries and keys are the same tokens)"
     if head_dim > 256 or head_dim % 8:
         return f"head_dim={head_dim} (multiples of 8 up to 256 are supported)"
     if scale <= 0:
@@ -75,31 +77,46 @@ def prefill_attention_gpu(
     v: Array,
     *,
     q_positions: Array,
+    k_positions: Array,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     q_segments: Array | None = None,
+    causal_aligned: bool = False,
     blocks: BlockTable | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Array, Array]:
     """See `ops.prefill_attention`; operands as accepted by `unsupported`. Returns (out, lse)."""
-    tokens, head_dim = q.shape[2:]
+    batch, _, tokens, head_dim = q.shape
+    kv_heads, slots = k.shape[1:3]
     tiling = tiling or default_tiling(padded_head_dim(head_dim))
-    low = aligned.lower_bounds(q_positions, window, q_segments)
+    k_pos = k_positions if k_positions.ndim == 3 else k_positions[:, None]
     # 0 * NaN would reach the output from empty slots of V; keys are masked after the product.
-    v = jnp.where((q_positions >= 0)[:, None, :, None], v, 0)
-    padded = -(-tokens // TILE_Q) * TILE_Q
-    low = jnp.pad(low, ((0, 0), (0, padded - tokens)), constant_values=padded)
-    q, k, v = (pad_axis(pad_axis(x, 2, padded), 3, padded_head_dim(head_dim)) for x in (q, k, v))
-    if blocks is None:
-        plan = aligned.dense_plan(low, TILE_Q, tiling.tile_k)
+    v = jnp.where((k_pos >= 0)[..., None], v, 0)
+    q_size = -(-tokens // TILE_Q) * TILE_Q
+    k_tile = max(TILE_Q, tiling.tile_k) if causal_aligned else tiling.tile_k
+    k_size = -(-slots // k_tile) * k_tile
+    dim = padded_head_dim(head_dim)
+    q = pad_axis(pad_axis(q, 2, q_size), 3, dim)
+    k, v = (pad_axis(pad_axis(x, 2, k_size), 3, dim) for x in (k, v))
+    if causal_aligned:
+        bound = aligned.lower_bounds(q_positions, window, q_segments)
+        bound = jnp.pad(bound, ((0, 0), (0, q_size - tokens)), constant_values=q_size)
+        k_pos = None
+        if blocks is None:
+            plan = aligned.dense_plan(bound, TILE_Q, tiling.tile_k)
+        else:
+            plan = aligned.sparse_plan(bound, blocks, TILE_Q, tiling.tile_k)
     else:
-        plan = aligned.sparse_plan(low, blocks, TILE_Q, tiling.tile_k)
-    out, lse = _call(q, k, v, low, plan, scale, softcap, tiling)
+        bound = jnp.pad(q_positions, ((0, 0), (0, q_size - tokens)), constant_values=-1)
+        k_pos = pad_axis(jnp.broadcast_to(k_pos, (batch, kv_heads, slots)), 2, k_size, -1)
+        plan = aligned.positions_plan(bound, k_pos, window, TILE_Q, tiling.tile_k)
+    out, lse = _call(q, k, v, bound, k_pos, plan, scale, window, softcap, tiling)
     return out[:, :, :tokens, :head_dim], lse[:, :, :tokens]
 
 
-def _call(q, k, v, low, plan: aligned.Plan, scale, softcap, tiling: Tiling):
+def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, tiling: Tiling):
+    """`bounds` are lower bounds by index if `k_pos` is None, else the queries' positions."""
     batch, q_heads, tokens, head_dim = q.shape
     group = q_heads // k.shape[1]
     tiles = tokens // TILE_Q
@@ -107,13 +124,15 @@ def _call(q, k, v, low, plan: aligned.Plan, scale, softcap, tiling: Tiling):
     dtype = q.dtype
     blocks_ref = plan.table if plan.table is not None else plan.first
 
-    def kernel(q_ref, k_ref, v_ref, low_ref, block_ref, steps_ref, out_ref, lse_ref, scoped):
+    def kernel(q_ref, k_ref, v_ref, bound_ref, block_ref, steps_ref, *refs):
+        *k_pos_ref, out_ref, lse_ref, scoped = refs
         (q_smem, k_smem, v_smem, lse_smem), (k_full, v_full, q_full), (k_free, v_free), turn = scoped
         b, h, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
         # Long rows first: causal tiles differ in work, and the last ones to start should be short.
         tile = tiles - 1 - lax.axis_index("tiles")
         step_head = h if plan.steps.shape[1] > 1 else 0
         count = steps_ref[b, step_head, tile, 2]
+        kv_head = lax.div(h, jnp.array(group, h.dtype))
 
         def key_block(step):
             if plan.table is None:
@@ -139,7 +158,7 @@ def _call(q, k, v, low, plan: aligned.Plan, scale, softcap, tiling: Tiling):
             top = plgpu.layout_cast(jnp.full((_WARPGROUP_ROWS,), _FLOOR, jnp.float32), row)
             total = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS,), jnp.float32), row)
             acc = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-            bound = plgpu.load(low_ref.at[b, rows], (), layout=row, optimized=False)
+            bound = plgpu.load(bound_ref.at[b, rows], (), layout=row, optimized=False)
 
             @pl.when(count > 0)
             def _():
@@ -163,10 +182,22 @@ def _call(q, k, v, low, plan: aligned.Plan, scale, softcap, tiling: Tiling):
                     logits = jnp.tanh(logits * (scale / softcap))
                     unit = softcap * LOG2E
                 if masked:
-                    iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, logits.shape)
-                    cols = iota(1, layout=plgpu.Layout.WGMMA) + key_block(i) * tile_k
-                    lines = iota(0, layout=plgpu.Layout.WGMMA) + base
-                    seen = (cols <= lines) & (cols >= lax.broadcast_in_dim(bound, logits.shape, [0]))
+                    limit = lax.broadcast_in_dim(bound, logits.shape, [0])
+                    if k_pos is None:
+                        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, logits.shape)
+                        cols = iota(1, layout=plgpu.Layout.WGMMA) + key_block(i) * tile_k
+                        lines = iota(0, layout=plgpu.Layout.WGMMA) + base
+                        seen = (cols <= lines) & (cols >= limit)
+                    else:
+                        slots = pl.ds(key_block(i) * tile_k, tile_k)
+                        at = plgpu.load(
+                            k_pos_ref[0].at[b, kv_head, slots], (), layout=plgpu.Layout.WGMMA.reduce(0),
+                            optimized=False,
+                        )  # fmt: skip
+                        at = lax.broadcast_in_dim(at, logits.shape, [1])
+                        seen = (at >= 0) & (at <= limit)
+                        if window is not None:
+                            seen = seen & (at > limit - window)
                     logits = jnp.where(seen, logits, -jnp.inf)
                 new_top = jnp.maximum(top, logits.max(axis=1) * unit)
                 rescale = jnp.exp2(top - new_top)
@@ -214,7 +245,6 @@ def _call(q, k, v, low, plan: aligned.Plan, scale, softcap, tiling: Tiling):
         @pl.when(wg == 2)
         def _load():
             plgpu.set_max_registers(40, action="decrease")
-            kv_head = lax.div(h, jnp.array(group, h.dtype))
 
             @pl.loop(0, count)
             def _(i):
@@ -267,4 +297,4 @@ def _call(q, k, v, low, plan: aligned.Plan, scale, softcap, tiling: Tiling):
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(q, k, v, low, blocks_ref, plan.steps)
+    )(q, k, v, bounds, blocks_ref, plan.steps, *([] if k_pos is None else [k_pos]))

@@ -75,23 +75,20 @@ def prefill_attention(
     )
     described = dict(scale=scale, causal_aligned=causal_aligned, blocks=blocks)
     unsupported = {
-        "mosaic_gpu": require_hopper() or gpu.unsupported(q, **described),
+        "mosaic_gpu": require_hopper() or gpu.unsupported(q, q_segments=q_segments, **described),
         "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, **described),
         "xla": None,
     }
     chosen = choose_implementation(_OP, implementation, unsupported, ("mosaic_gpu", "mosaic_tpu", "xla"))
+    shared = dict(
+        q_positions=q_positions, k_positions=k_positions, scale=scale, window=window, softcap=softcap,
+        q_segments=q_segments, causal_aligned=causal_aligned, blocks=blocks,
+    )  # fmt: skip
     if chosen == "mosaic_gpu":
-        out, lse = gpu.prefill_attention_gpu(
-            q, k, v, q_positions=q_positions, scale=scale, window=window, softcap=softcap,
-            q_segments=q_segments, blocks=blocks,
-        )  # fmt: skip
+        out, lse = gpu.prefill_attention_gpu(q, k, v, **shared)
     else:
         run = tpu.prefill_attention_tpu if chosen == "mosaic_tpu" else prefill_attention_xla
-        out, lse = run(
-            q, k, v, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window,
-            softcap=softcap, q_segments=q_segments, k_segments=k_segments, causal_aligned=causal_aligned,
-            blocks=blocks,
-        )  # fmt: skip
+        out, lse = run(q, k, v, k_segments=k_segments, **shared)
     return (out, lse) if return_lse else out
 
 

@@ -10,6 +10,7 @@ compilation serves every request.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -80,7 +81,6 @@ def prefill_attention_tpu(
     if blocks is not None:
         tile_q, tile_k = min(tile_q, blocks.block_q), min(tile_k, blocks.block_k)
     q_size, k_size = -(-tokens // tile_q) * tile_q, -(-slots // tile_k) * tile_k
-    tiles = q_size // tile_q
     filled = k_positions >= 0 if k_positions.ndim == 3 else (k_positions >= 0)[:, None]
     v = jnp.where(filled[..., None], v, 0)  # 0 * NaN would reach the output from empty slots
     q = pad_axis(q, 2, q_size)
@@ -99,27 +99,25 @@ def prefill_attention_tpu(
         if blocks is None and window is not None:
             steps = min(steps, (window + tile_q - 2) // tile_k + 2)
     else:
-        plan = _all_blocks(batch, tiles, k_size // tile_k)
         columns = [jnp.pad(q_positions, ((0, 0), (0, q_size - tokens)), constant_values=-1)]
         k_pos = k_positions if k_positions.ndim == 3 else k_positions[:, None]
         k_pos = jnp.broadcast_to(k_pos, (batch, kv_heads, slots)).reshape(-1, 1, slots)
         lanes = [pad_axis(k_pos, 2, k_size, -1)]
+        plan = aligned.positions_plan(
+            columns[0], lanes[0].reshape(batch, kv_heads, k_size), window, tile_q, tile_k
+        )
         if q_segments is not None:
             columns.append(jnp.pad(q_segments, ((0, 0), (0, q_size - tokens)), constant_values=-1))
             k_seg = jnp.broadcast_to(k_segments[:, None], (batch, kv_heads, slots)).reshape(-1, 1, slots)
             lanes.append(pad_axis(k_seg, 2, k_size, -2))
+            # Positions alone do not tell where a mask is needed.
+            plan = dataclasses.replace(plan, steps=plan.steps.at[..., 1].set(0))
         steps = k_size // tile_k
     out, lse = _launch(
         q, k, v, [c.reshape(batch, 1, q_size) for c in columns], lanes, plan, steps, tile_q, tile_k,
         scale=scale, window=window, softcap=softcap, aligned_mode=causal_aligned, interpret=interpret,
     )  # fmt: skip
     return out[:, :, :tokens], lse.reshape(batch, q_heads, q_size)[:, :, :tokens]
-
-
-def _all_blocks(batch: int, tiles: int, blocks: int) -> aligned.Plan:
-    """Every block for every tile, all of them masked."""
-    steps = jnp.broadcast_to(jnp.array([blocks, blocks, blocks], jnp.int32), (batch, 1, tiles, 3))
-    return aligned.Plan(jnp.zeros((batch, tiles), jnp.int32), None, steps)
 
 
 def plan_scalars(plan: aligned.Plan) -> tuple[list[Array], Any, Any]:

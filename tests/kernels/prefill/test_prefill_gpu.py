@@ -11,7 +11,12 @@ from pallas_kernels.observe import column_mass
 from pallas_kernels.observe.gpu import column_mass_gpu
 from pallas_kernels.prefill_attention import aligned, block_table, prefill_attention
 from pallas_kernels.prefill_attention.gpu import prefill_attention_gpu
-from tests.kernels.prefill.attention_oracle import aligned_case, fresh_rng, relative_error
+from tests.kernels.prefill.attention_oracle import (
+    aligned_case,
+    fresh_rng,
+    relative_error,
+    scattered_case,
+)
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
 
@@ -46,7 +51,7 @@ def both(case, dtype=jnp.bfloat16, scale=0.1):
     """The kernel on 16-bit operands, and the XLA path on the same values in float32."""
     low = [jnp.asarray(x, dtype) for x in (case.q, case.k, case.v)]
     high = [x.astype(jnp.float32) for x in low]
-    pos = jnp.asarray(case.q_positions)
+    pos, k_pos = jnp.asarray(case.q_positions), jnp.asarray(case.k_positions)
     have, want = (
         jax.jit(
             lambda q, k, v, impl=impl: prefill_attention(
@@ -54,7 +59,7 @@ def both(case, dtype=jnp.bfloat16, scale=0.1):
                 k,
                 v,
                 q_positions=pos,
-                k_positions=pos,
+                k_positions=k_pos,
                 scale=scale,
                 return_lse=True,
                 implementation=impl,
@@ -123,6 +128,24 @@ def test_packed_prompts_on_hardware():
     assert relative_error(out, want) <= 1e-2
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_chunk_on_a_cache_on_hardware(window):
+    """Slots in any order and different per head; then an ordered cache, whose leading blocks need no mask."""
+    case = scattered_case(fresh_rng(), tokens=200, slots=700, dim=128, window=window)
+    _, _, _, (out, lse), (want, want_lse) = both(case)
+    assert relative_error(out, want) <= 1e-2
+    assert relative_error(lse, want_lse) <= 1e-3
+    case.k_positions = np.broadcast_to(np.arange(700, dtype=np.int32), case.k_positions.shape).copy()
+    case.k_positions[..., 690:] = -1
+    case.k, case.v = np.nan_to_num(case.k), np.nan_to_num(case.v)
+    case.q_positions = np.stack([np.arange(490, 690), np.arange(300, 500)]).astype(np.int32)
+    _, _, _, (out, lse), (want, want_lse) = both(case)
+    assert relative_error(out, want) <= 1e-2
+    assert relative_error(lse, want_lse) <= 1e-3
+
+
 def masked_blocks(low, plan, tile_q, tile_k):
     """What a plan makes a kernel compute: pairs covered, and pairs covered without a mask."""
     batch, tokens = low.shape
@@ -167,6 +190,27 @@ def test_plans_cover_every_visible_pair_and_mask_where_needed(window, lengths, l
         assert unmasked.sum() > 0.3 * visible.sum(), "most of a plain prompt needs no mask"
 
 
+@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_plans_of_scattered_slots(window, ordered):
+    case = scattered_case(fresh_rng(), tokens=32, slots=48, fill=0.6)
+    if ordered:
+        case.k_positions[:] = np.where(np.arange(48) < 44, np.arange(48), -1)
+        case.q_positions = np.stack([np.arange(12, 44), np.arange(10, 42)]).astype(np.int32)
+    keys, queries = case.k_positions[:, :, None, :], case.q_positions[:, None, :, None]
+    visible = (keys >= 0) & (keys <= queries)
+    if window is not None:
+        visible &= keys > queries - window
+    plan = aligned.positions_plan(jnp.asarray(case.q_positions), jnp.asarray(case.k_positions), window, 8, 8)
+    for b, tile in np.ndindex(2, 4):
+        head, body, count = np.asarray(plan.steps)[b, 0, tile]
+        rows = visible[b, :, tile * 8 : tile * 8 + 8]
+        assert head == 0 and body <= count
+        assert rows[..., : body * 8].all() and not rows[..., count * 8 :].any()
+    if ordered and window is None:
+        assert np.asarray(plan.steps)[0, 0, 3, 1] == 4, "36 // 8 blocks lie wholly before the last tile"
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_kernels_lower_without_a_gpu(head_dim):
     """Mosaic GPU accepts shapes, layouts and shared memory; the CUDA compiler is not reached."""
@@ -176,12 +220,17 @@ def test_kernels_lower_without_a_gpu(head_dim):
     lse = jax.ShapeDtypeStruct((1, 4, 512), jnp.float32)
 
     def prefill(q, k, v, pos):
-        return prefill_attention_gpu(q, k, v, q_positions=pos, scale=0.1, window=100, softcap=2.0)
+        return prefill_attention_gpu(
+            q, k, v, q_positions=pos, k_positions=pos, scale=0.1, window=100, softcap=2.0, causal_aligned=True
+        )
+
+    def chunk(q, k, v, pos):
+        return prefill_attention_gpu(q, k, v, q_positions=pos, k_positions=pos, scale=0.1, window=100)
 
     def column(q, k, pos, lse):
         return column_mass_gpu(q, k, q_positions=pos, lse=lse, scale=0.1)
 
-    for fn, args in ((prefill, (q, k, k, pos)), (column, (q, k, pos, lse))):
+    for fn, args in ((prefill, (q, k, k, pos)), (chunk, (q, k, k, pos)), (column, (q, k, pos, lse))):
         text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
 

@@ -1,0 +1,97 @@
+"""The attention entry points on a mesh: each device runs the kernel on its own rows and KV heads.
+
+XLA cannot split a Pallas kernel, and splits the plain XLA path of a quantized cache badly. Rows and KV heads are
+independent, so where the mesh divides them the call runs inside `jax.shard_map`, and every device reads only
+its own slots. Without a mesh, or where slots or pages themselves are sharded, the call is left to the compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from kvjax.sharding import DEFAULT_RULES, Rules
+from kvjax.types import Array
+from pallas_kernels import decode_attention as decode_op
+from pallas_kernels import prefill_attention as prefill_op
+from pallas_kernels.formats import KVStore
+
+
+def partition(batch: int, kv_heads: int, rules: Rules = DEFAULT_RULES) -> PartitionSpec | None:
+    """Mesh axes of [batch, kv_heads] if they use up every axis that XLA splits here, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+        if size > 1 and kind != AxisType.Manual
+    }
+    spec = rules.spec(("batch", "kv_heads"), tuple(split))
+    used: list[str] = []
+    for size, part in zip((batch, kv_heads), spec):
+        names = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+        for name in names:
+            if size % split[name]:
+                return None
+            size //= split[name]
+        used += names
+    return spec if split and set(used) == set(split) else None
+
+
+def decode_attention(
+    q: Array, kv: KVStore, *, lengths: Array, table: Array | None = None, **options: Any
+) -> Any:
+    """`pallas_kernels.decode_attention.decode_attention`, spread over the ambient mesh where it can be.
+
+    A page pool is shared by all rows and heads, so the Ragged layout is left to the compiler.
+    """
+    spec = None if table is not None else partition(*lengths.shape)
+    if spec is None:
+        return decode_op.decode_attention(q, kv, lengths=lengths, table=table, **options)
+    rows = PartitionSpec(spec[0])
+    by_row = ("q_positions", "mask")
+    arrays = {n: x for n, x in options.items() if isinstance(x, jax.Array)}
+    static = {n: x for n, x in options.items() if n not in arrays}
+    asks = static.get("return_lse", False) or static.get("return_mass", False)
+
+    def local(q, kv, lengths, arrays):
+        result = decode_op.decode_attention(q, kv, lengths=lengths, **arrays, **static)
+        return tuple(x for x in result if x is not None) if asks else (result,)
+
+    specs = {n: rows if n in by_row else spec for n in arrays}
+    count = 1 + bool(static.get("return_lse")) + bool(static.get("return_mass"))
+    mapped = jax.shard_map(
+        local, in_specs=(spec, spec, spec, specs), out_specs=(spec,) * count, check_vma=False
+    )
+    out = mapped(q, kv, lengths, arrays)
+    if not asks:
+        return out[0]
+    lse = out[1] if static.get("return_lse") else None
+    return decode_op.DecodeOut(out[0], lse, out[-1] if static.get("return_mass") else None)
+
+
+def prefill_attention(
+    q: Array, k: Array, v: Array, *, q_positions: Array, k_positions: Array, **options: Any
+) -> Any:
+    """`pallas_kernels.prefill_attention.prefill_attention`, spread over the ambient mesh where it can be."""
+    spec = partition(k.shape[0], k.shape[1])
+    if spec is None or options.get("blocks") is not None:
+        return prefill_op.prefill_attention(
+            q, k, v, q_positions=q_positions, k_positions=k_positions, **options
+        )
+    rows = PartitionSpec(spec[0])
+    arrays = {n: x for n, x in options.items() if isinstance(x, jax.Array)}  # segments
+    static = {n: x for n, x in options.items() if n not in arrays}
+
+    def local(q, k, v, q_positions, k_positions, arrays):
+        return prefill_op.prefill_attention(
+            q, k, v, q_positions=q_positions, k_positions=k_positions, **arrays, **static
+        )
+
+    keys = rows if k_positions.ndim == 2 else spec
+    outs = (spec, spec) if static.get("return_lse") else spec
+    mapped = jax.shard_map(
+        local, in_specs=(spec, spec, spec, rows, keys, rows), out_specs=outs, check_vma=False
+    )
+    return mapped(q, k, v, q_positions, k_positions, arrays)
