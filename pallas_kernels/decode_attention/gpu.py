@@ -7,9 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.state import types as state_types
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax._src.state import types as state_types
 
 from pallas_kernels.decode_attention import gpu_step as step
 from pallas_kernels.decode_attention.reference import attend_residual, slot_mass
