@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import importlib.util
 import os
 import pathlib
 import sys
@@ -112,6 +114,7 @@ def check_model_flags(f: flags.FlagValues) -> dict[str, int]:
 def open_session(f: flags.FlagValues) -> Session:
     """Start the backend, load the model and place its weights. ValueError for whatever the user can mend."""
     sizes = check_model_flags(f)
+    skip_absent_tpu()
     if f.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", f.cpu_devices)
@@ -128,6 +131,21 @@ def open_session(f: flags.FlagValues) -> Session:
     dtype = dtype or model.config.dtype
     limit = f.memory_limit or free_memory(mesh)
     return Session(model, DecoderLM(model.config, dtype), dtype, mesh, f.chunk or None, limit)
+
+
+def skip_absent_tpu() -> None:
+    """Keep libtpu, installed to compile ahead of time, from complaining on stderr that the host has no TPU.
+
+    Only where no accelerator of any kind is attached and the platform was left open: the CPU is what remains.
+    """
+    devices = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    attached = any(glob.glob(pattern) for pattern in devices)
+    if (
+        jax.config.values["jax_platforms"] is None
+        and importlib.util.find_spec("libtpu") is not None
+        and not attached
+    ):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
