@@ -242,7 +242,7 @@ class Session:
         g, batch = self.generator, self.plan.batch
         limits = np.asarray(max_new_tokens, np.int32)
         for n, new in zip(self.lengths, limits):
-            if n + new > self.plan.prompt + self.plan.reserve:
+            if new > self.plan.reserve or n + new > self.plan.prompt + self.plan.reserve:
                 raise ValueError(f"{new} new tokens do not fit: {self.plan.reserve} were reserved")
         if isinstance(sampling, Sampling):
             sampling = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(batch)]
