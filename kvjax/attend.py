@@ -397,7 +397,8 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
                 counts = policy.allocator.model_counts([p.scores for p in pending], valid, keep, total, stats)
             counts = [_unless_idle(p.obs, c, v) for p, c, v in zip(pending, counts, valid)]
             limits = [_limit(plan, p.obs.layer, c, length) for p, c in zip(pending, counts)]
-        cache, pool, page = cache.replace(pending=()), None, 0
+        page: Array | int = 0
+        cache, pool = cache.replace(pending=()), None
         for p, count, limit in zip(pending, counts, limits):
             i = p.obs.layer
             cache, page = _compact(plan, cache, p, count, limit, pool, page)
