@@ -14,13 +14,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels/decode")]
 
-import decode_oracle as oracle  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import decode_oracle as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import formats  # noqa: E402
-from pallas_kernels.decode_attention import decode_attention  # noqa: E402
+from pallas_kernels import formats
+from pallas_kernels.decode_attention import decode_attention
 
 BF16 = jnp.bfloat16
 

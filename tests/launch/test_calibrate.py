@@ -68,7 +68,9 @@ def test_retrieval_scores_are_those_of_a_loop():
                         semantic[layer, h] += p[start:end].sum()
     kv = session().lm.shape.kv_heads
     np.testing.assert_allclose(got["retrieval"], plain.reshape(layers, kv, -1).mean(-1), atol=1e-6)
-    np.testing.assert_allclose(got["retrieval_reasoning"], reasoning.reshape(layers, kv, -1).mean(-1), atol=1e-4)
+    np.testing.assert_allclose(
+        got["retrieval_reasoning"], reasoning.reshape(layers, kv, -1).mean(-1), atol=1e-4
+    )
     np.testing.assert_allclose(got["semantic"], semantic, atol=1e-3)
 
 
@@ -136,7 +138,10 @@ def test_the_command_writes_a_file_that_only_its_model_accepts(tmp_path, capsys)
     copy = tmp_path / "other.safetensors"
     copy.write_bytes(shipped.read_bytes())
     before = copy.read_bytes()
-    assert cli.run(calibrate.define, calibrate.main, ["--method=headkv", f"--model={MODEL}", f"--out={copy}"]) == 2
+    assert (
+        cli.run(calibrate.define, calibrate.main, ["--method=headkv", f"--model={MODEL}", f"--out={copy}"])
+        == 2
+    )
     assert "another model" in capsys.readouterr().err and copy.read_bytes() == before
 
 
@@ -149,7 +154,15 @@ def test_mistakes_exit_with_two(flag, tmp_path, capsys):
 
 def test_shipped_files_are_complete():
     arrays = calibration.load(str(SHIPPED / "kvref-22m" / "heads.safetensors"))
-    names = {"retrieval", "retrieval_reasoning", "retrieval_heads", "layer_errors", "echo", "induction", "duo"}
+    names = {
+        "retrieval",
+        "retrieval_reasoning",
+        "retrieval_heads",
+        "layer_errors",
+        "echo",
+        "induction",
+        "duo",
+    }
     assert names <= arrays.keys()
     # One KV head copies the needle; every score must point at it.
     for name in ("retrieval", "retrieval_reasoning", "duo"):
