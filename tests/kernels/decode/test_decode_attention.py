@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.formats import EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, encode
@@ -195,6 +196,30 @@ def test_step_never_copies_the_cache(fmt):
     memory = step.lower(*shapes).compile().memory_analysis()
     # Dense: the branch that blanks NaN in unused slots holds one copy of V, and runs only then.
     assert memory.temp_size_in_bytes < (1.3 if fmt == "dense" else 0.6) * k.nbytes
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(), None),
+        (dict(table=99), "pages outside the pool's 19"),
+        (dict(lengths=300), "lengths outside 0 to 256 slots"),
+        (dict(blocks=4), "blocks outside the 4 of a row"),
+    ],
+)
+def test_values_out_of_range_are_caught_in_debug_mode(change, message):
+    problem = oracle.make(np.random.default_rng(), page=64, lengths=100)
+    table, lengths = jnp.asarray(problem.table), jnp.asarray(problem.lengths)
+    table = table.at[1, 0, 1].set(change.get("table", table[1, 0, 1]))
+    lengths = lengths.at[0, 1].set(change.get("lengths", 100))
+    blocks = jnp.full((2, 2, 2), -1, jnp.int32).at[0, 0, 0].set(change.get("blocks", 1))
+
+    def call():
+        return decode_attention(problem.q, problem.store, lengths=lengths, scale=0.1, table=table, blocks=blocks,
+                                block_size=64)  # fmt: skip
+
+    error, _ = jax.jit(checkify.checkify(call))()
+    assert (error.get() is None) if message is None else (message in error.get())
 
 
 def _bad(**change):
