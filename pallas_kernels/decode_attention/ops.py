@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 from pallas_kernels.decode_attention import gpu, gpu_limits, tpu
 from pallas_kernels.decode_attention.reference import decode_attention_xla
@@ -84,6 +85,7 @@ def decode_attention(
 
     Raises:
       ValueError: shapes, dtypes, formats or layouts that do not fit, or an `implementation` that cannot run.
+      checkify.JaxRuntimeError: under `checkify.checkify`, lengths, pages or blocks out of range.
     """
     _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size)
     args = dict(
@@ -91,6 +93,7 @@ def decode_attention(
         window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
         return_mass=return_mass,
     )  # fmt: skip
+    _debug_checks(kv, lengths, table, blocks, block_size)
     layout = dict(table=table, blocks=blocks, block_size=block_size)
     reasons = {
         "mosaic_gpu": require_hopper()
@@ -111,6 +114,22 @@ def decode_attention(
     if not (return_lse or return_mass):
         return out
     return DecodeOut(out, lse if return_lse else None, mass)
+
+
+def _debug_checks(kv, lengths, table, blocks, block_size) -> None:
+    """Checks of values, which cost nothing unless the caller's function runs under `checkify.checkify`."""
+    slots = kv.slots * (1 if table is None else table.shape[2])
+    full = (lengths >= 0) & (lengths <= slots)
+    checkify.debug_check(full.all(), f"{_OP}: lengths outside 0 to {slots} slots")
+    if table is not None:
+        used = jnp.arange(table.shape[2]) * kv.slots < lengths[..., None]
+        known = (table >= 0) & (table < kv.k.shape[0])
+        checkify.debug_check(
+            (known | ~used).all(), f"{_OP}: table names pages outside the pool's {kv.k.shape[0]}"
+        )
+    if blocks is not None:
+        known = (blocks >= -1) & (blocks < slots // block_size)
+        checkify.debug_check(known.all(), f"{_OP}: blocks outside the {slots // block_size} of a row")
 
 
 def _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size) -> None:

@@ -89,6 +89,7 @@ def test_splits_fill_the_device_without_tiny_parts():
         (dict(fmt="int4", kv_group=32), "group=32"),
         (dict(group=65), "65 queries per KV head"),
         (dict(page=32, fmt="int8"), "page_size=32"),
+        (dict(slots=100), "100 slots"),
     ],
 )
 def test_what_the_kernel_does_not_cover_is_named(change, reason):
