@@ -34,6 +34,15 @@ from models.lm import DecoderLM
 
 Row = dict[str, Any]
 
+# Dense bfloat16 FLOP/s and HBM bytes/s of one device, by the vendor's data sheets; a tpu7x device is half a
+# chip.
+PEAKS = {
+    "v4": (275e12, 1.228e12),
+    "v5e": (197e12, 0.819e12),
+    "v5p": (459e12, 2.765e12),
+    "v6e": (918e12, 1.640e12),
+    "tpu7x": (1153e12, 3.690e12),
+}
 CALL_TOKENS = 16384  # tokens of one prefill call over all rows: more only costs memory
 
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
@@ -81,15 +90,20 @@ def compile_stage(
         compiled = lower(*args, **(kwargs or {})).compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    seconds = cost.get("optimal_seconds", -1.0)
+    flops, moved = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
+    seconds, source = float(cost.get("optimal_seconds", -1.0)), "compiler"
+    if seconds <= 0:  # every operation of unknown cost counts as -1
+        peak, bandwidth = PEAKS.get(topology.split(":")[0], (math.inf, math.inf))
+        seconds, source = max(flops / peak, moved / bandwidth), "roofline"
     return {
         "stage": stage,
         "topology": topology,
         "devices": mesh.size,
         "hbm_bytes_per_device": int(held - memory.alias_size_in_bytes),
-        "flops": float(cost.get("flops", 0.0)),
-        "bytes_accessed": float(cost.get("bytes accessed", 0.0)),
-        "optimal_seconds": float(seconds) if seconds > 0 else None,
+        "flops": flops,
+        "bytes_accessed": moved,
+        "optimal_seconds": seconds,
+        "seconds_from": source,
         "argument_bytes": int(memory.argument_size_in_bytes),
         "temp_bytes": int(memory.temp_size_in_bytes),
         "vmem_bytes": _vmem_bytes(compiled),
@@ -230,9 +244,8 @@ def main(f: flags.FlagValues) -> None:
     if f.kernels:
         rows += kernel_rows(f.topology, aot_kernels.Sizes(), progress=True)
     for row in rows:
-        seconds = row["optimal_seconds"]
         vmem = "?" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 2**20:.1f}"
-        time = "no estimate" if seconds is None else f"{seconds * 1e3:.3f} ms"
+        time = f"{row['optimal_seconds'] * 1e3:.3f} ms ({row['seconds_from']})"
         print(
             f"{row['stage']:<34} {row['topology']} x{row['devices']}: "
             f"HBM {row['hbm_bytes_per_device'] / 2**30:.3f} GiB a device, "
