@@ -1,7 +1,7 @@
 # Everything runs from a bare checkout: the first target builds .venv, later ones reuse it.
 #   make demo      generate text with the embedded checkpoint: full cache beside three compressed ones
 #   make test      the tests (CPU, two workers);  make test-all adds the slow ones
-#   make lint      ruff and mypy
+#   make lint      ruff and mypy;  make format mends what ruff can mend
 #   make oracle TEXT=DIR   re-record tests/fixtures with torch, transformers and kvpress (in .venv-oracle);
 #                  DIR holds public-domain books as .txt, for prompts of the embedded checkpoint
 #   make clean     remove the environments, caches and outputs
@@ -34,7 +34,7 @@ lint: $(VENV)/.dev
 	$(PY) -m mypy $(PACKAGES)
 
 format: $(VENV)/.dev
-	$(PY) -m ruff check --fix .
+	$(PY) -m ruff check --fix --exit-zero --quiet .
 	$(PY) -m ruff format .
 
 oracle: .venv-oracle/.oracle

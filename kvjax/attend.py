@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.cache import deferred, ops
+from kvjax.cache import compensation, deferred, ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.read import stored_attention
 from kvjax.cache.state import KVCache, Pool, View
-from kvjax.policies.base import Policy, Tokens
+from kvjax.policies.base import LOG_COUNT, Policy, Tokens
 from kvjax.policies.observation import NEG, Observation
 from kvjax.sharded_kernels import prefill_attention
 from kvjax.sharding import constrain
@@ -72,6 +72,10 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
                 return_lse=True,
                 implementation=implementation,
             )
+        if not fresh and compensation.counts_slots(plan, i):
+            count = jnp.where(entries.pos >= 0, entries.slot_state[LOG_COUNT], 0.0)
+            count, key, value = compensation.most_numerous(count, k, v)
+            out = compensation.add_counts(x, out, lse, key, value, count)
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
             return out, _append(plan, cache, x)
@@ -255,7 +259,8 @@ def _shortlist(plan: Plan, pending: Pending) -> Pending:
     """Only the candidates that the layer could keep at most, so that waiting layers hold no more than those."""
     lp, slots = plan.layers[pending.obs.layer], pending.scores.shape[2]
     policy = lp.policy
-    plain = type(policy.selection) is Tokens and not policy.reducer.merges and policy.codec.group == 1
+    changed = policy.reducer.merges or policy.rerotate  # then the original keys are needed
+    plain = type(policy.selection) is Tokens and not changed and policy.codec.group == 1
     if not plain or lp.keep_capacity >= slots:
         return pending
     entries = pending.entries
@@ -316,9 +321,11 @@ def _compact(
         index = policy.selection.select(scores, entries.pos >= 0, counts, min(places, slots))
         if policy.reducer.merges or policy.rerotate:
             if policy.reducer.merges:
-                k, v = policy.reducer.reduce(obs, index, scores)
+                k, v, state = policy.reducer.apply(obs, index, scores, entries.slot_state)
             else:
-                k, v = ops.take_slots(obs.k, index), ops.take_slots(obs.v, index)
+                k, v, state = ops.take_slots(obs.k, index), ops.take_slots(obs.v, index), None
+            if state is None:
+                state = {n: ops.take_slots(s, index) for n, s in entries.slot_state.items()}
             pos, codec = ops.take_slots(entries.pos, index, fill=-1), policy.codec
             if policy.rerotate:
                 rank = jnp.where(pos >= 0, jnp.arange(pos.shape[2], dtype=jnp.int32), -1)
@@ -329,7 +336,7 @@ def _compact(
                 if codec.deferred
                 else codec.encode(k, v, ops.context(plan, obs.layer, pos, obs.inv_freq)),
                 pos=pos,
-                slot_state={n: ops.take_slots(s, index) for n, s in entries.slot_state.items()},
+                slot_state=state,
             )
             index = jnp.where(index < slots, jnp.arange(index.shape[2]), index.shape[2])
         return _rebuild(plan, cache, obs, entries, index, limit, pool, first_page)
@@ -390,7 +397,8 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
                 counts = policy.allocator.model_counts([p.scores for p in pending], valid, keep, total, stats)
             counts = [_unless_idle(p.obs, c, v) for p, c, v in zip(pending, counts, valid)]
             limits = [_limit(plan, p.obs.layer, c, length) for p, c in zip(pending, counts)]
-        cache, pool, page = cache.replace(pending=()), None, 0
+        page: Array | int = 0
+        cache, pool = cache.replace(pending=()), None
         for p, count, limit in zip(pending, counts, limits):
             i = p.obs.layer
             cache, page = _compact(plan, cache, p, count, limit, pool, page)
@@ -412,7 +420,12 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         cache = _append(plan, cache, x)
         want_mass = evict and "mass" in policy.needs
         with jax.named_scope("decode_attention"):
-            result = stored_attention(plan, cache, x, return_mass=want_mass, implementation=implementation)
+            if compensation.counts_slots(plan, i):
+                result = compensation.stored_attention(plan, cache, x, implementation=implementation), None
+            else:
+                result = stored_attention(
+                    plan, cache, x, return_mass=want_mass, implementation=implementation
+                )
         out, mass = result
         out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kvjax.arrays import is_spec
@@ -83,6 +84,13 @@ def sharding_of(
         ways = int(np.prod([mesh.shape[n] for n in names], dtype=np.int64))
         spec.append(part if ways > 1 and size % ways == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """All of `x` in host memory, also when other hosts hold parts of it (then every host must make this call)."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -34,7 +34,9 @@ SIZES = {
 }
 
 
-def measure(method: str, session: Session, count: int, length: int, step: Callable[[int], Any]) -> dict[str, Any]:
+def measure(
+    method: str, session: Session, count: int, length: int, step: Callable[[int], Any]
+) -> dict[str, Any]:
     """The arrays that `method` reads, by name."""
     if method == "qfilters":
         return queries.filters(session, count, length, step)

@@ -1,7 +1,7 @@
 """List every compression policy: parts, stored bits per element, source.
 
-    python -m launch.policies            a table
-    python -m launch.policies --write=README.md   renew the table between the markers of a Markdown file
+python -m launch.policies            a table
+python -m launch.policies --write=README.md   renew the table between the markers of a Markdown file
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
+import importlib.util
 import os
 import pathlib
 import sys
@@ -50,8 +52,11 @@ def define_model_flags(f: flags.FlagValues) -> None:
         "split the host CPU into this many devices, to try --mesh without others",
         flag_values=f,
     )
-    flags.DEFINE_bool(
-        "distributed", False, "join the other hosts of a TPU pod or cluster (jax.distributed)", flag_values=f
+    flags.DEFINE_string(
+        "distributed",
+        "",
+        "join the other hosts: 'auto' (TPU pod, Slurm, ...) or HOST:PORT,PROCESSES,ID of the first host and this one",
+        flag_values=f,
     )
     flags.DEFINE_integer(
         "memory_limit",
@@ -106,17 +111,20 @@ def check_model_flags(f: flags.FlagValues) -> dict[str, int]:
         value: Any = f[name].value
         if value < 0:
             raise ValueError(f"--{name} must not be negative, got {value}")
+    if f.distributed:
+        parse_distributed(f.distributed)
     return parse_mesh(f.mesh)
 
 
 def open_session(f: flags.FlagValues) -> Session:
     """Start the backend, load the model and place its weights. ValueError for whatever the user can mend."""
     sizes = check_model_flags(f)
+    skip_absent_tpu()
     if f.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", f.cpu_devices)
     if f.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**parse_distributed(f.distributed))
         if jax.process_index() != 0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (one process speaks, to the end)
     mesh = make_mesh(sizes, jax.devices()) if sizes else None
@@ -128,6 +136,34 @@ def open_session(f: flags.FlagValues) -> Session:
     dtype = dtype or model.config.dtype
     limit = f.memory_limit or free_memory(mesh)
     return Session(model, DecoderLM(model.config, dtype), dtype, mesh, f.chunk or None, limit)
+
+
+def parse_distributed(text: str) -> dict[str, Any]:
+    """Arguments of `jax.distributed.initialize` from --distributed; ValueError for a malformed one."""
+    if text == "auto":
+        return {}
+    address, *numbers = text.split(",")
+    if ":" not in address or len(numbers) != 2 or not all(n.isdigit() for n in numbers):
+        raise ValueError(f"--distributed must be auto or HOST:PORT,PROCESSES,ID, got {text!r}")
+    processes, index = map(int, numbers)
+    if index >= processes:
+        raise ValueError(f"--distributed: process {index} of {processes} does not exist; they count from 0")
+    return {"coordinator_address": address, "num_processes": processes, "process_id": index}
+
+
+def skip_absent_tpu() -> None:
+    """Keep libtpu, installed to compile ahead of time, from complaining on stderr that the host has no TPU.
+
+    Only where no accelerator of any kind is attached and the platform was left open: the CPU is what remains.
+    """
+    devices = ("/dev/accel*", "/dev/vfio/*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    attached = any(glob.glob(pattern) for pattern in devices)
+    if (
+        jax.config.values["jax_platforms"] is None
+        and importlib.util.find_spec("libtpu") is not None
+        and not attached
+    ):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -226,10 +226,8 @@ def decode(store: KVStore) -> tuple[Array, Array]:
     if store.format == DENSE:
         return store.k.astype(f32), store.v.astype(f32)
     if store.format in EIGHT_BIT:
-        return tuple(
-            c.astype(f32) * s.astype(f32)[..., None]
-            for c, s in ((store.k, store.k_scale), (store.v, store.v_scale))
-        )
+        k = store.k.astype(f32) * store.k_scale.astype(f32)[..., None]
+        return k, store.v.astype(f32) * store.v_scale.astype(f32)[..., None]
     kc, vc = (unpack(x, PACKED_BITS[store.format]).astype(f32) for x in (store.k, store.v))
     ks, kz = (jnp.repeat(a.astype(f32), store.group, axis=-2) for a in (store.k_scale, store.k_zero))
     vs, vz = (

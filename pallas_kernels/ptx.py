@@ -6,7 +6,6 @@ operators; the functions emit one instruction or a short sequence. Shared-memory
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +15,15 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-_TYPES = {"f": ir.F32Type, "r": lambda: ir.IntegerType.get_signless(32), "l": lambda: ir.IntegerType.get_signless(64)}
+_TYPES = {
+    "f": ir.F32Type,
+    "r": lambda: ir.IntegerType.get_signless(32),
+    "l": lambda: ir.IntegerType.get_signless(64),
+}
 
 
-def _type(kind: str) -> ir.Type:
+def register_type(kind: str) -> ir.Type:
+    """MLIR type of a register of this kind."""
     return ir.F32Type.get() if kind == "f" else _TYPES[kind]()
 
 
@@ -102,7 +106,7 @@ class Reg:
 
 def const(x: float | int, kind: str) -> Reg:
     """A constant register."""
-    ty = _type(kind)
+    ty = register_type(kind)
     if kind == "f":
         return Reg(arith.constant(ty, ir.FloatAttr.get(ty, float(x))), kind)
     bits = 32 if kind == "r" else 64
@@ -156,7 +160,9 @@ def to_int(x: Reg) -> Reg:
     return asm("cvt.rni.s32.f32 $0, $1;", "r", [x])[0]
 
 
-def asm(ptx: str, outs: str, args: Sequence[Reg] = (), *, effects: bool = False, clobber: str = "") -> list[Reg]:
+def asm(
+    ptx: str, outs: str, args: Sequence[Reg] = (), *, effects: bool = False, clobber: str = ""
+) -> list[Reg]:
     """Inline PTX. `outs`: one kind letter per result ($0, $1, ...); arguments follow."""
     constraints = ",".join([f"={k}" for k in outs] + [a.kind for a in args] + ([clobber] if clobber else []))
     values = [a.value for a in args]
@@ -165,11 +171,13 @@ def asm(ptx: str, outs: str, args: Sequence[Reg] = (), *, effects: bool = False,
         llvm.inline_asm(ty, values, ptx, constraints, has_side_effects=True, asm_dialect=0)
         return []
     if len(outs) == 1:
-        got = llvm.inline_asm(_type(outs), values, ptx, constraints, has_side_effects=effects, asm_dialect=0)
+        got = llvm.inline_asm(
+            register_type(outs), values, ptx, constraints, has_side_effects=effects, asm_dialect=0
+        )
         return [Reg(got, outs)]
-    ty = llvm.StructType.get_literal([_type(k) for k in outs])
+    ty = llvm.StructType.get_literal([register_type(k) for k in outs])
     got = llvm.inline_asm(ty, values, ptx, constraints, has_side_effects=effects, asm_dialect=0)
-    return [Reg(llvm.extractvalue(_type(k), got, [i]), k) for i, k in enumerate(outs)]
+    return [Reg(llvm.extractvalue(register_type(k), got, [i]), k) for i, k in enumerate(outs)]
 
 
 def thread_index() -> Reg:
@@ -253,17 +261,17 @@ def shuffle_xor(x: Reg, lanes: int) -> Reg:
 
 def as_bits(x: Reg) -> Reg:
     """Reinterpret f32 as 32 bits."""
-    return x if x.kind == "r" else Reg(arith.bitcast(_type("r"), x.value), "r")
+    return x if x.kind == "r" else Reg(arith.bitcast(register_type("r"), x.value), "r")
 
 
 def smem_address(ref: ir.Value) -> Reg:
     """Shared-memory address of a memref."""
-    return Reg(llvm.ptrtoint(_type("r"), utils.memref_ptr(ref)), "r")
+    return Reg(llvm.ptrtoint(register_type("r"), utils.memref_ptr(ref)), "r")
 
 
 def global_address(ref: ir.Value) -> Reg:
     """Global address of a memref."""
-    return Reg(llvm.ptrtoint(_type("l"), utils.memref_ptr(ref)), "l")
+    return Reg(llvm.ptrtoint(register_type("l"), utils.memref_ptr(ref)), "l")
 
 
 def address(ref: ir.Value) -> Reg:
@@ -273,10 +281,7 @@ def address(ref: ir.Value) -> Reg:
 
 def wide(x: Reg) -> Reg:
     """32-bit index -> 64 bits, for global addresses."""
-    return Reg(arith.extsi(_type("l"), x.value), "l")
-
-
-_LOAD = {4: "b32", 2: "u16", 1: "u8"}
+    return Reg(arith.extsi(register_type("l"), x.value), "l")
 
 
 def load(address: Reg, size: int = 4, *, words: int = 1) -> list[Reg]:
@@ -312,7 +317,7 @@ def barrier() -> None:
 
 def barrier_any(bit: ir.Value) -> ir.Value:
     """Wait for the warpgroup; true if the bit is set in any thread."""
-    flag = Reg(arith.extui(_type("r"), bit), "r")
+    flag = Reg(arith.extui(register_type("r"), bit), "r")
     ptx = "{ .reg .pred p, r; setp.ne.b32 p, $1, 0; bar.red.or.pred r, 1, 128, p; selp.b32 $0, 1, 0, r; }"
     return asm(ptx, "r", [flag], effects=True)[0].equals(1)
 
@@ -333,89 +338,6 @@ def if_(bit: ir.Value, then, otherwise: Sequence[Reg] = ()) -> list[Reg]:
         with ir.InsertionPoint(op.regions[1].blocks.append()):
             scf.yield_([r.value for r in otherwise])
     return [Reg(v, r.kind) for v, r in zip(op.results, otherwise)]
-
-
-def matrix(address: Reg, *, rows_apart: int, leading: int = 16) -> Reg:
-    """wgmma descriptor of a 128-byte-swizzled matrix in shared memory.
-
-    Args:
-      address: of the matrix, in 1024-byte tiles of 8 rows x 128 bytes.
-      rows_apart: bytes from one group of 8 rows to the next.
-      leading: bytes from one 128-byte column of tiles to the next, for matrices read transposed.
-    """
-    fixed = (leading >> 4) << 16 | (rows_apart >> 4) << 32 | 1 << 62
-    low = Reg(arith.extui(_type("l"), ((address & 0x3FFFF) >> 4).value), "l")
-    return low | const(fixed, "l")
-
-
-def wgmma(
-    acc: list[list[Reg]],
-    a: list[list[Reg] | int],
-    b: list[int],
-    *,
-    b_matrix: Reg,
-    a_matrix: Reg | None = None,
-    n: int,
-    types: tuple[str, str, str],
-    init: bool,
-    a_transposed: bool = False,
-) -> list[list[Reg]]:
-    """A chain of m64 products and the wait for it: acc[m] += sum over k of A[m, k] B[k].
-
-    Args:
-      acc: per 64-row tile the n / 2 accumulator registers (ignored if `init`).
-      a: per product, in order (tile 0 all k, tile 1 all k, ...), 4 registers, or the byte offset from `a_matrix`.
-      b: per product the byte offset from `b_matrix`.
-      n: columns.
-      types: (accumulator, A, B) as PTX names them.
-      init: start from 0.
-      a_transposed: A lies in shared memory with its rows contiguous (16-bit types).
-    """
-    kind = "r" if types[0] == "s32" else "f"
-    size = n // 2
-    k = {"f16": 16, "bf16": 16}.get(types[1], 32)
-    count = len(acc)
-    flat = [r for tile in acc for r in tile]
-    total = count * size
-    args = [b_matrix]
-    if a_matrix is not None:
-        args.append(a_matrix)
-    # Tile after tile within a step of k: products that follow one another do not wait for one another.
-    per_tile = len(a) // count
-    order = [tile * per_tile + s for s in range(per_tile) for tile in range(count)]
-    a, b = [a[i] for i in order], [b[i] for i in order]
-    register_a = [regs for regs in a if not isinstance(regs, int)]
-    args += [r for regs in register_a for r in regs]
-    first = total + (0 if init else total)  # operands: outputs, then tied inputs, then args
-    names = itertools.count(first + (1 if a_matrix is None else 2))
-    b_name, a_name = f"${first}", f"${first + 1}"
-    lines = ["{", ".reg .b64 da, db;", ".reg .pred p;", "wgmma.fence.sync.aligned;"]
-    for index, (a_op, b_off) in enumerate(zip(a, b, strict=True)):
-        tile = index % count
-        regs = ", ".join(f"${i}" for i in range(tile * size, (tile + 1) * size))
-        lines.append(f"add.s64 db, {b_name}, {b_off >> 4};")
-        fresh = init and index < count
-        lines.append(f"setp.ne.b32 p, {0 if fresh else 1}, 0;")
-        if isinstance(a_op, int):
-            lines.append(f"add.s64 da, {a_name}, {a_op >> 4};")
-            a_text = "da"
-        else:
-            a_text = "{" + ", ".join(f"${next(names)}" for _ in a_op) + "}"
-        flags = "" if kind == "r" else ", 1, 1"
-        if k == 16:
-            flags += f", {int(a_transposed)}, 0" if isinstance(a_op, int) else ", 0"
-        shape = f"m64n{n}k{k}.{types[0]}.{types[1]}.{types[2]}"
-        lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{regs}}}, {a_text}, db, p{flags};")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
-    constraints = [f"={kind}"] * total + ([] if init else [str(i) for i in range(total)])
-    constraints += [r.kind for r in args]
-    ty = llvm.StructType.get_literal([_type(kind)] * total)
-    values = ([] if init else [r.value for r in flat]) + [r.value for r in args]
-    got = llvm.inline_asm(
-        ty, values, "\n".join(lines), ",".join(constraints), has_side_effects=True, asm_dialect=0
-    )
-    out = [Reg(llvm.extractvalue(_type(kind), got, [i]), kind) for i in range(total)]
-    return [out[t * size : (t + 1) * size] for t in range(count)]
 
 
 def scalar(x: mgpu.FragmentedArray) -> Reg:

@@ -61,7 +61,9 @@ def main(path: str) -> None:
         indices = press.press.score(None, None, k, v, None, {}).topk(16, dim=-1).indices.sort(-1).values
         _, merged = press.merge(k, v, indices)
         out["merge/index"] = indices.numpy().astype(np.int32)
-        out[f"merge/{threshold}/{fraction}"] = merged.gather(2, indices[..., None].expand(-1, -1, -1, 8)).numpy()
+        out[f"merge/{threshold}/{fraction}"] = merged.gather(
+            2, indices[..., None].expand(-1, -1, -1, 8)
+        ).numpy()
     ratios = [0.1, 0.5, 0.75]
     press = PerLayerCompressionPress(KnormPress(), ratios)
     kept = []

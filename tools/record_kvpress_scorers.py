@@ -29,6 +29,7 @@ from kvpress import (
     KeyDiffPress,
     KeyRerotationPress,
     KnormPress,
+    KVzipPress,
     LagKVPress,
     LeverageScorePress,
     NonCausalAttnPress,
@@ -41,6 +42,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 RATIOS = (0.25, 0.5, 0.7)
 LENGTHS = (64, 51)
+PREFIX = [5, 9, 11]  # stands for KVzip's repeat instruction
 SEED = 100  # of the random sketches
 
 
@@ -148,6 +150,49 @@ def kept(press, x: dict) -> tuple[np.ndarray, np.ndarray]:
     return mask, keys[0].numpy()
 
 
+def record_kvzip(model: LlamaForCausalLM, tokens: torch.Tensor, out: dict[str, np.ndarray]) -> None:
+    """Two repeat passes over halves of the prompt: inputs of every layer, scores, and kept entries at 50%.
+
+    The repeat prompt is PREFIX, then the last 4 tokens of the half before, then the half.
+    """
+    n, half = tokens.shape[1], tokens.shape[1] // 2
+    for plus in (False, True):
+        press = KVzipPress(0.5, kvzip_plus_normalization=plus)
+        cache = DynamicCache()
+        model(tokens, past_key_values=cache)
+        heads = model.config.num_key_value_heads
+        press.context_length, press.score_val = n, torch.zeros(model.config.num_hidden_layers, 1, heads, n)
+        for p, start in enumerate((0, half)):
+            press.start_idx, press.end_idx = start, min(start + half, n)
+            body = tokens[:, max(start - 4, 0) : press.end_idx]
+            repeat = torch.cat([torch.tensor([PREFIX]), body], dim=1)
+
+            def hook(module, args, kwargs, output, p=p, count=repeat.shape[1], press=press, cache=cache):
+                layer = cache.layers[module.layer_idx]
+                cos, sin = kwargs["position_embeddings"]
+                q = module.q_proj(kwargs["hidden_states"]).view(1, count, 4, 16).transpose(1, 2)
+                i = module.layer_idx
+                out[f"kvzip/q/{p}/{i}"] = (q * cos[:, None] + rotate_half(q) * sin[:, None])[0].numpy()
+                out[f"kvzip/k/{p}/{i}"] = layer.keys[0, :, n:].numpy()
+                out[f"kvzip/v/{p}/{i}"] = layer.values[0, :, n:].numpy()
+                out[f"kvzip/hidden/{p}/{i}"] = kwargs["hidden_states"][0].numpy()
+                return press.forward_hook(module, args, kwargs, output)
+
+            handles = [x.self_attn.register_forward_hook(hook, with_kwargs=True) for x in model.model.layers]
+            model.model(input_ids=repeat, past_key_values=cache)
+            for handle in handles:
+                handle.remove()
+        name = "kvzip_plus" if plus else "kvzip"
+        out[f"scores/{name}"] = press.score_val[:, 0].numpy().copy()
+        press.compress_post(model)
+        mask = np.ones((len(model.model.layers), heads, n), bool)
+        for i, layer in enumerate(model.model.layers):
+            _, head, slot = (x.numpy() for x in layer.self_attn.masked_key_indices)
+            mask[i, head, slot] = False
+            layer.self_attn.masked_key_indices = None
+        out[f"kept/{name}"] = np.packbits(mask, axis=-1)
+
+
 @torch.inference_mode()
 def main(path: str) -> None:
     """Record everything into one compressed npz file."""
@@ -177,6 +222,8 @@ def main(path: str) -> None:
                     out[f"kept/{key}/{ratio}"] = np.packbits(mask, axis=-1)
                     if name.startswith("rerotated") and ratio == 0.5:
                         out[f"keys/{key}"] = keys
+        if n == 0:
+            record_kvzip(model, tokens, out)
     np.savez_compressed(path, **out)
     print(f"{path}: {len(out)} arrays")
 

@@ -15,7 +15,7 @@ import numpy as np
 from kvjax.arrays import ArraySpec, nbytes
 from kvjax.cache.state import KVCache, Layer, Pool, Residual
 from kvjax.codecs.base import Codec, Plain
-from kvjax.policies.base import Policy, specs_of_slot_state
+from kvjax.policies.base import LOG_COUNT, Policy, specs_of_slot_state
 from kvjax.policies.scorers.recency import Recency
 from kvjax.types import ModelShape
 
@@ -85,6 +85,24 @@ class Plan:
         codec.check(self.shape)
         if self.policy.compresses:
             self.policy.allocator.check(self.shape)
+            self._check_parts()
+
+    def _check_parts(self) -> None:
+        """ValueError for parts that exclude each other."""
+        policy, codec = self.policy, self.policy.codec
+        scorer = policy.scorer
+        counted = scorer is not None and LOG_COUNT in scorer.slot_state()
+        if counted and (codec.deferred or codec.rotates or policy.evict_decode):
+            raise ValueError(
+                f"{policy.name}: a token that stands for many needs a codec of single tokens (the model's dtype, int8, "
+                "fp8) and no eviction while decoding"
+            )
+        alloc = policy.allocator
+        if policy.evict_decode and policy.spare > 1 and alloc.ragged and alloc.scope == "model":
+            raise ValueError(
+                f"{policy.name}: layers that share one pool of pages cannot be compacted one by one while decoding; "
+                "use interval=1 without rerotate"
+            )
 
     @functools.cached_property
     def layers(self) -> tuple[LayerPlan, ...]:

@@ -50,7 +50,7 @@ def stored_attention(
         result = decode_attention(
             x.q, fused, lengths=layer.fill, table=layer.table, return_mass=return_mass, **common
         )
-        return (result.out, result.mass) if return_mass else (result, None)
+        return (result.out, result.mass) if return_mass else (result, None)  # type: ignore[return-value]
     if fused is not None:
         q = codec.rotate_query(x.q)
         part = decode_attention(q, fused, lengths=layer.fill, table=layer.table, return_lse=True, **common)

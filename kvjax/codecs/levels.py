@@ -147,9 +147,9 @@ class Table(Quantizer):
             y, axis = self._affine()._split(x)
             low, high = y.min(axis, keepdims=True), y.max(axis, keepdims=True)
             z, r = ((low + high) / 2).astype(META), ((high - low) / 2).astype(META)
-            r = jnp.where(r > 0, r, jnp.ones((), META))
             store = {"scale": jnp.squeeze(r, axis), "zero": jnp.squeeze(z, axis)}
             r, z = (self._spread(s.astype(jnp.float32), x) for s in (store["scale"], store["zero"]))
+            r = jnp.where(r > 0, r, 1.0)  # a constant group is its centre, whatever the level
         codes = nearest((x - z) / r, self._levels(ctx))
         return {"codes": packing.pack(codes, self.bits), **store}
 

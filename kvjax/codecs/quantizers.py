@@ -176,7 +176,10 @@ class Affine(Quantizer):
             store = {"scale": scale}
         else:
             top = 2**self.bits - 1
-            scale = _storable((high - low) / top, self.scale)
+            step = (high - low) / top
+            if self.zero == "int8":  # a constant group is one step from zero
+                step = jnp.where(step == 0, jnp.abs(low), step)
+            scale = _storable(step, self.scale)
             if self.zero == "int8":
                 zero = jnp.clip(jnp.round(low / scale), -128, 127)
                 codes = jnp.round(y / scale) - zero

@@ -14,7 +14,6 @@ from kvjax.codecs import packing
 from kvjax.codecs.base import NO_CONTEXT, Context, Field, Store
 from kvjax.codecs.quantizers import Quantizer
 from kvjax.codecs.transforms import turn
-from kvjax.policies import calibration
 from kvjax.types import ModelShape
 
 Array = jax.Array
@@ -25,12 +24,20 @@ _SLOTS = 512  # slots whose distances to all codewords are held at a time
 @functools.cache
 def load(path: str, mark: str) -> dict[str, np.ndarray]:
     """A calibration file of the model with fingerprint `mark`; ValueError for another model's."""
+    from kvjax.policies import calibration  # the package registers methods, which import codecs
+
     return calibration.load(path, mark)
+
+
+def _fingerprint(shape: ModelShape) -> str:
+    from kvjax.policies import calibration
+
+    return calibration.fingerprint(shape)
 
 
 def shipped(name: str, shape: ModelShape) -> str:
     """Path of the shipped calibration `name` for a model of this shape; ValueError when there is none."""
-    mark, seen = calibration.fingerprint(shape), []
+    mark, seen = _fingerprint(shape), []
     for path in sorted(SHIPPED.glob(f"*/{name}.safetensors")):
         try:
             load(str(path), mark)
@@ -47,7 +54,7 @@ def shipped(name: str, shape: ModelShape) -> str:
 def open_file(name: str, shape: ModelShape) -> dict[str, np.ndarray]:
     """Arrays of a calibration file: a path (it has a '/'), or the name of a shipped one."""
     path = name if "/" in name else shipped(name, shape)
-    return load(path, calibration.fingerprint(shape))
+    return load(path, _fingerprint(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +108,10 @@ class Vector(Quantizer):
         if self.calibration:
             found = self._file(shape)
             arrays = {n: found[f"{side}.{layer}.{n}"] for n in ("mean", "into", "back")}
-            arrays["book"] = found[f"{self._rate(shape)}.{side}.{layer}.book"]
+            name = f"{self._rate(shape)}.{side}.{layer}"
+            arrays["book"] = found[f"{name}.book"] * (
+                found[f"{name}.scale"][:, None].astype(np.float32) / 127
+            )
             return {n: x.astype(np.float32) for n, x in arrays.items()}
         rng = np.random.default_rng(0)
         book = rng.standard_normal((shape.kv_heads, 2**self.bits, shape.head_dim))

@@ -27,7 +27,7 @@ class Wrapper(Quantizer):
 
     def for_layer(self, layer, shape, side):
         """With the inner quantizer of that layer."""
-        return dataclasses.replace(self, inner=self.inner.for_layer(layer, shape, side))
+        return dataclasses.replace(self, inner=self.inner.for_layer(layer, shape, side))  # type: ignore[type-var]
 
     def constants(self, layer, shape, side):
         """The inner quantizer's."""

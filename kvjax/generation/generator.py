@@ -20,6 +20,7 @@ from kvjax.generation import engine
 from kvjax.generation.buckets import bucket
 from kvjax.generation.sampling import Sampling, batch_sampling
 from kvjax.policies.base import Policy
+from kvjax.sharding import to_host
 
 Tokens = Sequence[int]
 
@@ -201,7 +202,7 @@ class Session:
             if n + len(m) > self.plan.prompt + self.plan.reserve:
                 raise ValueError(f"{len(m)} more tokens do not fit: {self.plan.reserve} were reserved")
         tokens, positions = pad_right(more, bucket(longest))
-        starts = np.asarray(self.cache.next_position)[:, None]
+        starts = to_host(self.cache.next_position)[:, None]
         positions = np.where(positions >= 0, positions + starts, -1)
         start = time.perf_counter()
         with g._context():
@@ -241,7 +242,7 @@ class Session:
         g, batch = self.generator, self.plan.batch
         limits = np.asarray(max_new_tokens, np.int32)
         for n, new in zip(self.lengths, limits):
-            if n + new > self.plan.prompt + self.plan.reserve:
+            if new > self.plan.reserve or n + new > self.plan.prompt + self.plan.reserve:
                 raise ValueError(f"{new} new tokens do not fit: {self.plan.reserve} were reserved")
         if isinstance(sampling, Sampling):
             sampling = [dataclasses.replace(sampling, seed=sampling.seed + i) for i in range(batch)]
@@ -265,8 +266,8 @@ class Session:
             while True:
                 if streaming:
                     self._report(state, stops, shown, ended, stop, on_tokens)
-                    state = state.replace(done=state.done | jnp.asarray(ended))
-                if bool(jnp.all(state.done)):
+                    state = state.replace(done=state.done | np.asarray(ended))
+                if to_host(state.done).all():
                     break
                 steps = np.int32(every if streaming else room)
                 state = engine.decode(
@@ -283,7 +284,7 @@ class Session:
             state.tokens.block_until_ready()
         self.cache = state.cache
         self.decode_s = time.perf_counter() - start
-        tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
+        tokens, counts = to_host(state.tokens), to_host(state.count)
         self.new_tokens = int(counts.sum())
         out = []
         for i in range(batch):
@@ -302,7 +303,7 @@ class Session:
         stop: Callable[[int, list[int]], bool] | None,
         on_tokens: Callable[[int, list[int]], None] | None,
     ) -> None:
-        tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
+        tokens, counts = to_host(state.tokens), to_host(state.count)
         for i in range(len(shown)):
             row = [int(t) for t in tokens[i, : counts[i]]]
             if row and row[-1] in stops:

@@ -27,6 +27,7 @@ from kvjax.types import ModelShape
 
 Array = jax.Array
 State = dict[str, Array]
+LOG_COUNT = "log_count"  # slot state: logarithm of the number of tokens that a slot stands for
 PROTECTED = 1e30  # `Policy.protect` lifts sinks and recent entries to this or above; other scores stay below
 
 
@@ -43,6 +44,8 @@ class Scorer:
     """Observation fields used: any of 'q', 'mass' (decode mass), 'hidden', 'wo', 'inv_freq', 'const', 'token_ids'."""
     chunk_exact: ClassVar[bool] = False
     """True when an entry's score never changes, so that chunked prefill keeps what whole prefill keeps."""
+    prefill_only: ClassVar[bool] = False
+    """True when one query says too little: the scorer then cannot evict while decoding."""
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """name -> (shape after [batch, kv_heads, slots], dtype). New entries start at zero."""
@@ -157,6 +160,15 @@ class Reducer:
         """Survivors' (k, v) [batch, kv_heads, places, head_dim] from all entries; `index` as from `Selection`."""
         raise NotImplementedError
 
+    def apply(
+        self, obs: Observation, index: Array, scores: Array, state: State
+    ) -> tuple[Array, Array, State | None]:
+        """`reduce`, for reducers that also change the survivors' slot state (None: it moves with them unchanged).
+
+        state: of all entries, [batch, kv_heads, slots, ...]; returned: of the survivors, [batch, kv_heads, places, ...].
+        """
+        return *self.reduce(obs, index, scores), None
+
 
 @dataclasses.dataclass(frozen=True)
 class Drop(Reducer):
@@ -231,6 +243,11 @@ class Policy:
                 raise ValueError(f"{self.name}: budget must be at least 1 entry, got {b}")
         if min(self.sink, self.recent) < 0:
             raise ValueError(f"{self.name}: sink and recent cannot be negative")
+        if self.evict_decode and self.scorer is not None and self.scorer.prefill_only:
+            raise ValueError(
+                f"{self.name}: {type(self.scorer).__name__} scores prompts only; set evict_decode=False or choose "
+                "a scorer that also works while decoding, such as h2o, tova or keydiff"
+            )
         if self.interval < 1:
             raise ValueError(f"{self.name}: interval must be at least 1 step, got {self.interval}")
         if self.interval > 1 and self.allocator.scope == "model":

@@ -122,10 +122,10 @@ def _copies(x: AttentionInputs, *, period: int, first: int) -> Array:
         late = (q_pos >= first + period)[:, None, :, None]
         echo = jnp.where(ours & late & (gap % period == 0), probs, 0.0)
         induction = jnp.where(ours & late & (gap % period == period - 1), probs, 0.0)
-        return jnp.stack([jnp.sum(echo, axis=(0, 2, 3)), jnp.sum(induction, axis=(0, 2, 3))])
+        return jnp.stack([jnp.sum(echo, axis=(0, 2)), jnp.sum(induction, axis=(0, 2))])
 
     queries = jnp.sum(x.positions >= first + period)
-    return observe(x).column_reduce(fn) / jnp.maximum(queries, 1)
+    return jnp.sum(observe(x).column_reduce(fn), axis=-1) / jnp.maximum(queries, 1)
 
 
 def layer_errors(

@@ -14,6 +14,7 @@ from kvjax.generation import engine
 from kvjax.generation.buckets import bucket
 from kvjax.generation.generator import Generator, pad_right
 from kvjax.generation.generator import Session as Filled
+from kvjax.sharding import to_host
 from launch.evaluation.runner import Cost
 from launch.evaluation.samples import Sample
 from launch.evaluation.tasks import Window
@@ -85,7 +86,7 @@ class ModelEngine:
         generator.check([len(c) + len(t) for c, t in zip(contexts, targets)], 0)
         filled = generator.prefill(contexts, width)
         tokens, positions = pad_right([t[:-1] for t in targets], width)
-        starts = np.asarray(filled.cache.next_position)[:, None]
+        starts = to_host(filled.cache.next_position)[:, None]
         start = time.perf_counter()
         with on_mesh(generator.mesh):
             logits, filled.cache = engine.extend(
@@ -100,7 +101,7 @@ class ModelEngine:
                 implementation=generator.implementation,
             )
             wanted = pad_right(targets, width)
-            losses = np.asarray(_losses(filled.logits, logits, *wanted))
+            losses = to_host(_losses(filled.logits, logits, *wanted))
         filled.decode_s = time.perf_counter() - start
         return [float(x) for x in losses], self._cost(filled, before)
 

@@ -7,80 +7,20 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src.state import types as state_types
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax._src.state import types as state_types
 
-from pallas_kernels.decode_attention import gpu_step as step
+from pallas_kernels import ptx
+from pallas_kernels.decode_attention import gpu_products, gpu_queries, gpu_step
+from pallas_kernels.decode_attention.gpu_limits import choose_splits, choose_stages, preferred_block
+from pallas_kernels.decode_attention.gpu_plan import Plan
 from pallas_kernels.decode_attention.reference import attend_residual, slot_mass
 from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
 from pallas_kernels.merge_partials import merge_partials
 
 Array = jax.Array
 _NAMES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-_SMS = 132  # of an H100 or H200; only the choice of splits depends on it
-_MAX_COLUMNS = 64
-_MAX_TREE = 32
-
-
-def unsupported(q: Array, store: KVStore, *, lengths, mask, table, blocks, block_size) -> str | None:
-    """Why the kernel cannot run on these operands, or None if it can."""
-    batch, q_heads, tokens, dim = q.shape
-    columns = q_heads // lengths.shape[1] * tokens
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype.name}; bfloat16 and float16 are supported"
-    if store.format == DENSE and store.k.dtype != q.dtype:
-        return f"k is {store.k.dtype.name} and q {q.dtype.name}; they must be equal"
-    dims = (64, 128, 192, 256) if store.format == DENSE else (128, 256)
-    if dim not in dims:
-        return f"head_dim={dim}; format {store.format!r} supports {dims}"
-    copies = dim // store.group if store.format in PACKED_BITS else 1
-    if columns * copies > _MAX_COLUMNS:
-        return f"{columns} queries per KV head (group x tokens); at most {_MAX_COLUMNS // copies} are supported"
-    if store.format in PACKED_BITS and store.group not in (64, 128):
-        return f"group={store.group}; 64 and 128 are supported"
-    if mask is not None and mask.shape[2] > _MAX_TREE:
-        return f"a mask over {mask.shape[2]} new tokens; at most {_MAX_TREE} are supported"
-    least = _block(store)
-    slots = store.slots if table is None else store.slots * table.shape[2]
-    if table is not None and store.slots % least and (store.format != DENSE or least % store.slots):
-        return f"page_size={store.slots}; format {store.format!r} needs multiples of {least}"
-    if table is not None and store.format == DENSE and store.slots % 8:
-        return f"page_size={store.slots}; multiples of 8 are supported"
-    if table is None and slots % 8:
-        return f"{slots} slots; multiples of 8 are supported, since heads start at tiles of 8 rows"
-    if store.format != DENSE and table is None and slots % least:
-        return f"{slots} slots; format {store.format!r} needs multiples of {least}"
-    if blocks is not None and block_size % least:
-        return f"block_size={block_size}; format {store.format!r} needs multiples of {least}"
-    if table is not None and blocks is not None and store.slots % least:
-        return f"a block table with page_size={store.slots}; it needs multiples of {least}"
-    return None
-
-
-def _block(store: KVStore) -> int:
-    """Slots per step."""
-    return 128 if store.format == "int2" else 64
-
-
-def _preferred_block(store: KVStore, unit: int, columns: int) -> int:
-    """Slots per step: 8 bits take 128 where pages, blocks and registers allow."""
-    wide = store.format in EIGHT_BIT and unit % 128 == 0 and columns <= 16 and store.head_dim == 128
-    return 128 if wide else _block(store)
-
-
-def choose_splits(rows: int, slots: int, block: int, resident: int) -> int:
-    """Parts to cut every row's slots into, so that the GPU is full and a part is not too short.
-
-    Args:
-      rows: (sequence, KV head) pairs.
-      slots: slots of a row.
-      block: slots per step.
-      resident: CTAs that fit on one multiprocessor.
-    """
-    wanted = 2 ** max(0, round(math.log2(resident * _SMS / rows)))
-    most = max(1, slots // (4 * block))
-    return min(wanted, 2 ** int(math.log2(most)))
 
 
 def decode_attention_gpu(
@@ -109,18 +49,19 @@ def decode_attention_gpu(
     rows, columns = batch * kv_heads, q_heads // kv_heads * tokens
     slots = store.slots if table is None else store.slots * table.shape[2]
     fmt = "half" if store.format == DENSE else store.format
-    block = block or _preferred_block(store, math.gcd(store.slots, block_size or store.slots), columns)
-    plan = step.Plan(
+    block = block or preferred_block(store, math.gcd(store.slots, block_size or store.slots), columns)
+    plan = Plan(
         fmt=fmt, dtype=_NAMES[q.dtype.name], dim=dim, columns=columns, tokens=tokens, block=block,
-        stages=stages or _stages(fmt, dim, block), scale=scale, softcap=softcap, window=window, group=store.group,
+        stages=stages or choose_stages(fmt, dim, block), scale=scale, softcap=softcap, window=window, group=store.group,
         meta="f32" if store.k_scale is None else _NAMES[store.k_scale.dtype.name],
         causal=q_positions is not None, positions=positions is not None,
         tree=0 if mask is None else mask.shape[2], logits=slots if return_mass else 0,
         **dict(zip(("key_chunks", "value_steps"), parts or (dim // 64, 8 if dim == 128 else 4))),
     )  # fmt: skip
     read = slots if blocks is None else blocks.shape[2] * block_size
-    splits = splits or choose_splits(rows, read, block, 4 if fmt in PACKED_BITS else 2)
-    call = _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size)
+    splits = splits or choose_splits(rows, read, block, {"int4": 4, "int2": 8}.get(fmt, 2))
+    skips = window is not None and positions is None and blocks is None
+    call = _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size, skips)
     arrays = {"q": q.reshape(rows, columns, dim), "lengths": lengths.reshape(rows)}
     for name in store.slot_fields():
         arrays[name] = _flat(getattr(store, name), name, fmt)
@@ -138,6 +79,9 @@ def decode_attention_gpu(
         arrays["q_positions"] = q_positions
     if positions is not None:
         arrays["positions"] = positions[..., :slots].reshape(rows, slots)
+    if skips:
+        oldest = jnp.where(q_positions < 0, jnp.iinfo(jnp.int32).max, q_positions).min(-1)
+        arrays["first_step"] = jnp.maximum(oldest - (window - 1), 0) // block  # [batch]
     out, lse, *logits = call(arrays)
     if splits == 1:
         out, lse = out[:, 0], lse[:, 0]
@@ -154,6 +98,8 @@ def decode_attention_gpu(
         written = jnp.arange(slots) < lengths[..., None]
         if blocks is not None:
             written &= _in_blocks(blocks, slots, block_size)
+        if skips:
+            written &= jnp.arange(slots) >= arrays["first_step"][:, None, None] * block
         values = logits[0].reshape(*grouped, slots) * math.log(2.0)
         mass = slot_mass(jnp.where(written[:, :, None], values, -jnp.inf), lse, tokens)
         if store.residual:
@@ -169,15 +115,6 @@ def _in_blocks(blocks: Array, slots: int, block_size: int) -> Array:
     return jnp.repeat(hit, block_size, axis=-1)
 
 
-def _stages(fmt: str, dim: int, block: int) -> int:
-    """Steps in flight: enough bytes to cover the latency of memory, few enough for several CTAs."""
-    row = 2 * dim * (2 if fmt == "half" else 1)
-    if fmt in PACKED_BITS:
-        row = row * PACKED_BITS[fmt] // 8
-    # Packed keys need the next step's scales one step early, so that two stages would wait for one another.
-    return max(3 if fmt in PACKED_BITS else 2, min(6, 65_536 // (row * block) + 1))
-
-
 def _flat(x: Array, name: str, fmt: str) -> Array:
     """Fields as the kernel's copies slice them: [rows of all, dim], [slots of all], or [heads or pages, groups, n]."""
     if name in ("k", "v") or (name in ("k_scale", "k_zero") and fmt in PACKED_BITS):
@@ -187,7 +124,7 @@ def _flat(x: Array, name: str, fmt: str) -> Array:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size):
+def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size, skips):
     """The kernel as a function of the dict of arrays: (out [rows, splits, columns, dim], lse, logits?)."""
     page = slots if table is None else store.slots
     per, block, stages = store.slots_per_row, plan.block, plan.stages
@@ -208,6 +145,7 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
     names += ["tree", "total"] if plan.tree else []
     names += ["q_positions"] if plan.causal else []
     names += ["positions"] if plan.positions else []
+    names += ["first_step"] if skips else []
 
     def body(*refs, **scr):
         ref = dict(zip(names, refs))
@@ -219,7 +157,8 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
             n_steps = lax.div(length + (block - 1), block)
         else:
             n_steps = ref["counts"][row] * (block_size // block)
-        start, end = lax.div(split * n_steps, splits), lax.div((split + 1) * n_steps, splits)
+        skipped = jnp.minimum(ref["first_step"][lax.div(row, kv_heads)], n_steps) if skips else 0
+        start, end = (skipped + lax.div(part * (n_steps - skipped), splits) for part in (split, split + 1))
 
         def first_slot(i):
             if blocks is None:
@@ -238,7 +177,9 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
                     safe = jnp.minimum(slot, jnp.maximum(length - 1, 0))
                     base, inside = ref["table"][row, lax.div(safe, page)], lax.rem(slot, page)
                 for name in fields:
-                    _copy(plan, name, ref[name], scr[name].at[stage], base, inside, page, per, unit, c, barrier)
+                    _copy(
+                        plan, name, ref[name], scr[name].at[stage], base, inside, page, per, unit, c, barrier
+                    )
             if plan.positions:
                 plgpu.copy_gmem_to_smem(
                     ref["positions"].at[row, pl.ds(first, block)], scr["positions"].at[stage], barrier
@@ -251,14 +192,22 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
                 fetch(start + s, s)
 
         raw = {n: _raw(r) for n, r in scr.items() if n != "barrier"}
-        _inline(step.load_queries(plan), ref["q"].at[row], raw["q_tile"], raw["p_tile"], raw["column_scales"])
-        state = _inline(step.initial_state(plan), result=plan.state_registers)
+        _inline(
+            gpu_queries.load_queries(plan),
+            ref["q"].at[row],
+            raw["q_tile"],
+            raw["p_tile"],
+            raw["column_scales"],
+        )
+        state = _inline(gpu_step.initial_state(plan), result=plan.state_registers)
         if plan.packed:
-            pairs = _inline(step.query_pairs(plan), ref["q"].at[row], result=step.query_pair_registers(plan))
+            pairs = _inline(
+                gpu_queries.query_pairs(plan), ref["q"].at[row], result=gpu_queries.query_pair_registers(plan)
+            )
 
         def scale(stage, buffer):
             plgpu.barrier_wait(scr["barrier"].at[stage])
-            _inline(step.scale_queries(plan), pairs, raw["k_scale"].at[stage], raw["k_zero"].at[stage],
+            _inline(gpu_queries.scale_queries(plan), pairs, raw["k_scale"].at[stage], raw["k_zero"].at[stage],
                     raw["q_tile"], buffer)  # fmt: skip
 
         if plan.packed:
@@ -272,7 +221,10 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
         def one(i, carry):
             state, stage, buffer = carry
             following = jnp.where(stage == stages - 1, 0, stage + 1)
+            scores = []
             if plan.packed:
+                scores = [_inline(gpu_products.start_scores(plan), raw["k"].at[stage], raw["q_tile"], buffer,
+                                  result=plan.score_registers)]  # fmt: skip
 
                 @pl.when(i + 1 < end)
                 def _():
@@ -291,8 +243,8 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
             if plan.logits:
                 args["logits"] = logits.at[row]
             total = ref["total"][row] if plan.tree else length
-            state = _inline(step.attend_keys(plan), state, first_slot(i), length, total, buffer, args,
-                           result=plan.state_registers)  # fmt: skip
+            state = _inline(gpu_step.attend_keys(plan), state, first_slot(i), length, total, buffer, args, *scores,
+                            result=plan.state_registers)  # fmt: skip
 
             # Everyone has passed this step's barrier, so that the previous step's stage is free. One warp runs
             # the copies' address arithmetic, the other three go on.
@@ -302,12 +254,12 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
                 def _():
                     fetch(i + stages - 1, jnp.where(stage == 0, stages - 1, stage - 1))
 
-            state = _inline(step.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
+            state = _inline(gpu_products.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
                             result=plan.state_registers)  # fmt: skip
             return state, following, 1 - buffer
 
         state, _, _ = lax.fori_loop(start, end, one, (state, jnp.int32(0), jnp.int32(0)))
-        _inline(step.write_partial(plan), state, raw["scratch"], out.at[row, split], lse.at[row, split])
+        _inline(gpu_step.write_partial(plan), state, raw["scratch"], out.at[row, split], lse.at[row, split])
 
     kernel = plgpu.kernel(
         body,
@@ -317,16 +269,18 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
         grid_names=("split", "row"),
         kernel_name=f"decode_attention_{plan.fmt}",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True, approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            approx_math=True,
             reduction_scratch_bytes=0,
-        ),  # fmt: skip
+        ),
     )
     return lambda arrays: kernel(*[arrays[n] for n in names])
 
 
 def _sync(ctx):
-    step.ptx.fence_async()
-    step.ptx.barrier()
+    ptx.fence_async()
+    ptx.barrier()
 
 
 def _tiling(dtype) -> tuple:

@@ -7,11 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_attention import gpu, tpu
+from pallas_kernels.decode_attention import gpu, gpu_limits, tpu
 from pallas_kernels.decode_attention.reference import decode_attention_xla
 from pallas_kernels.formats import DENSE, EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, pack_block
-from pallas_kernels.platform import check_dtype, check_shape, choose_implementation
-from pallas_kernels.platform import require_hopper, require_platform
+from pallas_kernels.platform import (
+    check_dtype,
+    check_shape,
+    choose_implementation,
+    require_hopper,
+    require_platform,
+)
 
 Array = jax.Array
 MAX_TOKENS = 16
@@ -88,7 +93,8 @@ def decode_attention(
     )  # fmt: skip
     layout = dict(table=table, blocks=blocks, block_size=block_size)
     reasons = {
-        "mosaic_gpu": require_hopper() or gpu.unsupported(q, kv, lengths=lengths, mask=mask, **layout),
+        "mosaic_gpu": require_hopper()
+        or gpu_limits.unsupported(q, kv, lengths=lengths, positions=positions, mask=mask, **layout),
         "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, kv, **layout),
         "xla": None,
     }

@@ -35,7 +35,7 @@ def ruler(tmp_path):
     folder = tmp_path / "ruler"
     folder.mkdir()
     lines = [
-        {"input": f"{TEXT} {i}\nWhat is it?", "answer_prefix": " It is", "outputs": ["it", "xyzzy"]}
+        {"input": f"{TEXT * 4} {i}\nWhat is it?", "answer_prefix": " It is", "outputs": ["it", "xyzzy"]}
         for i in range(3)
     ]
     (folder / "qa.jsonl").write_text("\n".join(json.dumps(x) for x in lines))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -155,6 +156,8 @@ def test_seeds_reproduce(command):
         (["--prompt=a", "--dtype=float16"], "--dtype=float16"),
         (["--prompt=a", "--mesh=rows=2"], "mesh axis 'rows' is unknown; the axes are data, sequence, tensor"),
         (["--prompt=a", "--mesh=tensor=64"], "needs 64 devices"),
+        (["--prompt=a", "--distributed=yes"], "--distributed must be auto or HOST:PORT,PROCESSES,ID, got 'yes'"),
+        (["--prompt=a", "--distributed=host:1,2,2"], "process 2 of 2 does not exist"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(command, argv, message):
@@ -249,3 +252,29 @@ def test_the_module_runs_as_a_program():
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --max_new_tokens must be at least 1, got 0\n"
+
+
+def test_two_processes_give_the_text_of_one(command, greedy):
+    """Two hosts of two devices each: batch over data, heads over tensor, one of the processes speaks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "launch.generate", f"--model={MODEL}", f"--prompt={PROMPT}", f"--prompt={OTHER}",
+                f"--max_new_tokens={NEW}", "--cpu_devices=2", "--mesh=data=2,tensor=2", "--nowarmup", "--json",
+                f"--distributed=127.0.0.1:{port},2,{index}",
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
+            cwd=pathlib.Path(__file__).parents[2],
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    (first, error), (second, _) = [host.communicate(timeout=300) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], error
+    assert [o["text"] for o in json.loads(first.splitlines()[-1])["outputs"]] == [
+        greedy(PROMPT),
+        greedy(OTHER),
+    ]
+    assert "text" not in second

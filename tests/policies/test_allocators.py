@@ -20,7 +20,7 @@ from kvjax.cache.plan import Plan
 from kvjax.generation import engine
 from kvjax.policies import Observation, parse
 from kvjax.policies.allocators import heads, layers, pyramid, shares, tables
-from kvjax.policies.base import LIFTED
+from kvjax.policies.base import PROTECTED
 from kvjax.policies.registry import build
 from kvjax.types import ModelShape
 from tests.toy import Toy, ragged, steps
@@ -35,7 +35,7 @@ def scores_of(layer, window=4, seed=0, same=False):
     rng = np.random.default_rng([seed, 0 if same else layer])
     valid = np.arange(S) < LENGTHS[:, None, None]
     s = rng.random((B, 1 if same else H, S)) * np.ones((1, H, 1))
-    s = np.where(np.arange(S) >= LENGTHS[:, None, None] - window, LIFTED * 2, s)
+    s = np.where(np.arange(S) >= LENGTHS[:, None, None] - window, PROTECTED * 2, s)
     return np.where(valid, s, -np.inf).astype(np.float32), np.broadcast_to(valid, s.shape)
 
 
@@ -141,12 +141,14 @@ def test_pyramid_matches_kvpress():
     lengths, ratios, betas, n = (512, 640, 1024, 4096), (0.25, 0.5, 0.75), (5, 20), 12
     for li, length in enumerate(lengths):
         valid = jnp.ones((1, 1, length), bool)
-        scores = jnp.where(jnp.arange(length) >= length - 32, LIFTED, 1.0)[None, None]
+        scores = jnp.where(jnp.arange(length) >= length - 32, PROTECTED, 1.0)[None, None]
         for ri, ratio in enumerate(ratios):
             for bi, beta in enumerate(betas):
                 allocator = pyramid.Pyramid(beta, "kvpress")
                 keep = jnp.asarray([int(length * (1 - ratio))], jnp.int32)
-                got = allocator.model_counts([scores] * n, [valid] * n, keep, jnp.asarray([length]), [None] * n)
+                got = allocator.model_counts(
+                    [scores] * n, [valid] * n, keep, jnp.asarray([length]), [None] * n
+                )
                 np.testing.assert_array_equal([int(c[0, 0]) for c in got], FIXTURE["pyramid"][li, ri, bi])
 
 
@@ -189,7 +191,7 @@ def test_the_layers_together_keep_the_budget(allocator, keep):
 
 def test_uncertainty_counts_entries_for_the_mass():
     scores, valid = (x.copy() for x in scores_of(0))
-    free = valid & (scores < LIFTED)
+    free = valid & (scores < PROTECTED)
     scores[0, 0] = np.where(free[0, 0], 0.0, scores[0, 0])
     scores[0, 0, 5] = 3.0  # one-hot: LMBA 1
     scores[0, 1] = np.where(free[0, 1], 1.0, scores[0, 1])  # 44 equal ones: 0.9 of them, rounded up
@@ -237,12 +239,12 @@ def test_cake_scores_mean_and_variance():
 
 def test_dynamic_budgets_follow_the_global_winners():
     made = [scores_of(i) for i in range(L)]
-    boosted = [(np.where(s < LIFTED, s + i, s), v) for i, (s, v) in enumerate(made)]
+    boosted = [(np.where(s < PROTECTED, s + i, s), v) for i, (s, v) in enumerate(made)]
     keep, allocator = 15, layers.GlobalTop(rho=10)
     scores, valid = ([jnp.asarray(x[j]) for x in boosted] for j in (0, 1))
     args = jnp.asarray([keep, keep]), jnp.asarray(LENGTHS)
     got = np.asarray(_model_counts(allocator, scores, valid, *args, [None] * L))
-    free = [np.where(v & (s < LIFTED), s, -np.inf)[0] for s, v in boosted]
+    free = [np.where(v & (s < PROTECTED), s, -np.inf)[0] for s, v in boosted]
     wanted = L * H * (keep - 4)
     level = np.sort(np.concatenate([f.ravel() for f in free]))[::-1][wanted - 1]
     won = np.array([(f >= level).sum() for f in free])
@@ -262,7 +264,7 @@ def test_prefix_keeps_one_level_of_mass():
     assert level.min() > under.max() - 0.05
     for i in range(L):
         s, v = (x[0] for x in scores_of(i))
-        mean = np.where(v & (s < LIFTED), s, 0).mean(0)
+        mean = np.where(v & (s < PROTECTED), s, 0).mean(0)
         np.testing.assert_allclose(cdf[i, -1], 1, rtol=1e-5)
         np.testing.assert_allclose(cdf[i, :5], np.cumsum(np.sort(mean)[::-1])[:5] / mean.sum(), rtol=1e-4)
 
@@ -403,7 +405,12 @@ def test_fastgen_takes_the_cheapest_structure_that_recovers(threshold):
             rec = [(a[n - 8 : n, :n] * s[n - 8 :]).sum() / 8 for s in sets]
             want = next((i for i, r in enumerate(rec) if r >= threshold), 3)
             assert structure[row, h] == want
-            held = [special, special | often, special | often | (np.arange(n) >= n - n * 200 // 1000), special | True]
+            held = [
+                special,
+                special | often,
+                special | often | (np.arange(n) >= n - n * 200 // 1000),
+                special | True,
+            ]
             assert sizes[row, h] == held[want].sum()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,7 +50,8 @@ def stored(spec, cache, layer=0):
 
 
 def test_amortised_eviction_returns_to_the_budget_every_interval():
-    spec = "streaming_llm(budget=8, sink=2, interval=4)"
+    spec = "decoding(streaming_llm(budget=8, sink=2), interval=4)"
+    assert parse(spec).interval == parse("streaming_llm(budget=8, interval=4)").interval
     sizes = []
     for n in (3, 4, 8, 11):
         cache = run(spec, n)[3]
@@ -62,7 +62,8 @@ def test_amortised_eviction_returns_to_the_budget_every_interval():
             held = 8 + n % 4
             assert row[0] == row[1] == [0, 1, *range(seen - held + 2, seen)]
     assert sizes == [[11, 11], [8, 8], [8, 8], [11, 11]]
-    assert plan_of(parse(spec)).layers[0].capacity == 12
+    lp = plan_of(parse(spec)).layers[0]
+    assert lp.keep_capacity == 8 and 12 <= lp.capacity < 12 + 8
 
 
 @pytest.mark.parametrize(
@@ -180,11 +181,53 @@ def test_kvzip_repeats_the_prompt_in_chunks():
             np.testing.assert_array_equal(np.asarray(passes.tokens)[p, row, : len(want)], want)
 
 
+def test_shots_end_at_separator_tokens():
+    """Through the engine: every segment before the window is kept whole or not at all."""
+    spec = "shotkv(budget=14, window=3, separators=(1, 7, 20, 33, 41, 50, 62))"
+    tokens, _ = ragged(LENGTHS, PROMPT)
+    for b, n in enumerate(LENGTHS):
+        stops = np.flatnonzero(np.isin(tokens[b, :n], (1, 7, 20, 33, 41, 50, 62)))
+        first = [0, *(stops + 1)]
+        segments = [set(range(s, e)) for s, e in zip(first, [*first[1:], n]) if s < e]
+        kept = set(stored(spec, run(spec)[1])[b][0])
+        assert kept >= set(range(n - 3, n)) and 3 < len(kept) <= 14
+        for segment in segments:
+            free = segment & set(range(n - 3))
+            assert not free & kept or free <= kept
+
+
+def test_windowkv_layers_of_a_group_share_their_choice():
+    spec = "windowkv(budget=10, suffix=4, size=2, group=2)"
+    cache = run(spec)[1]
+    assert stored(spec, cache, 0) == stored(spec, cache, 1)
+    alone = "windowkv(budget=10, suffix=4, size=2, group=1)"
+    assert stored(alone, run(alone)[1], 0) != stored(alone, run(alone)[1], 1)
+
+
+def test_rerotation_in_chunked_prefill_keeps_positions_compact():
+    plan = plan_of(parse("finch(budget=9, window=3)"))
+    tokens, positions = ragged(LENGTHS, PROMPT)
+    cache = ops.empty(plan).replace(expected=jnp.asarray(LENGTHS, jnp.int32))
+    for at in range(0, PROMPT, 8):
+        part = slice(at, at + 8)
+        _, cache = engine.extend(
+            LM, plan, params(), cache, tokens[:, part], positions[:, part], compress=True
+        )
+    np.testing.assert_array_equal(cache.next_position, [9, 9])
+    np.testing.assert_array_equal(cache.length, LENGTHS)
+    for i in range(2):
+        np.testing.assert_array_equal(
+            np.asarray(ops.view(plan, cache, i).pos)[..., :9], [[np.arange(9)] * 2] * 2
+        )
+
+
 def test_bad_combinations():
     with pytest.raises(ValueError, match="rerotate needs the same number"):
         parse("adakv(finch(budget=9, window=3))")
     with pytest.raises(ValueError, match="interval"):
         parse("h2o(interval=0)")
+    with pytest.raises(ValueError, match="scores prompts only"):
+        parse("decoding(criticalkv(expected_attention()))")
     with pytest.raises(ValueError, match="decode room"):
         Room(4, 5)
     sliding = dataclasses.replace(LM, window=4).shape

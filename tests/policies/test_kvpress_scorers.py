@@ -18,6 +18,7 @@ import pytest
 from kvjax.policies import Observation, parse
 from kvjax.policies.base import Policy
 from kvjax.policies.scorers.compactor import Leverage
+from kvjax.policies.scorers.probed import Reconstruction
 
 FIXTURE = np.load(pathlib.Path(__file__).parents[1] / "fixtures" / "kvpress" / "scorers.npz")
 LENGTHS = (64, 51)
@@ -48,6 +49,7 @@ SPECS = {
     "chunkkv": "chunkkv(snapkv(window=8, kernel=5), {budget}, chunk=6)",
     "entropy_gated_chunkkv": "entropy_gated_chunkkv(snapkv(window=8), {budget}, chunk=6, reduced=3)",
     "block_keydiff": "block(keydiff(), {budget}, block=8)",
+    "simlayerkv": "simlayerkv(threshold=0.6, recent={recent})",
     "rerotated_knorm": "l2norm({budget})",
     "finch": "finch({budget}, window=8)",
     "finch_plain": "finch({budget}, window=8, normalize=False)",
@@ -115,7 +117,8 @@ def _scores_and_kept(policy: Policy, obs: Observation, keep: jax.Array) -> tuple
 @functools.cache
 def scores_and_kept(name: str, ratio: float, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores f32, kept bool), both [batch, kv_heads, slots], through the policy's own parts."""
-    policy = parse(SPECS[name].format(budget=f"budget={1 - ratio!r}"))
+    recent = int(24 / ratio) // 4  # recorded SimLayerKV has no ratio
+    policy = parse(SPECS[name].format(budget=f"budget={1 - ratio!r}", recent=recent))
     keep = jnp.asarray([policy.keep(n) for n in LENGTHS], jnp.int32)
     if name == "chunkkv":  # kvpress keeps max(1, int(chunks * (1 - ratio))) chunks, whatever the tokens
         keep = jnp.asarray([max(1, int(-(-n // 6) * (1 - ratio))) * 6 for n in LENGTHS], jnp.int32)
@@ -161,3 +164,62 @@ def test_kept_sets(name: str) -> None:
             else:
                 np.testing.assert_array_equal(ours, theirs, err_msg=f"ratio {ratio} layer {layer} row {n}")
             assert not kept[n, :, length:].any()
+
+
+def test_rerotated_keys() -> None:
+    """Kept keys turned to positions 0..K-1, in time order."""
+    for layer in range(LAYERS):
+        obs = observation(layer)
+        _, kept = scores_and_kept("rerotated_knorm", 0.5, layer)
+        for n, head in itertools.product(range(len(LENGTHS)), range(2)):
+            index = np.flatnonzero(kept[n, head])
+            turned = obs.rotate(obs.k[n, head, index], jnp.arange(len(index)) - index)
+            want = FIXTURE[f"keys/rerotated_knorm/{n}/{layer}"][head]
+            np.testing.assert_allclose(turned, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kvzip", "kvzip_plus"])
+def test_kvzip(name: str) -> None:
+    """Two repeat passes over halves of the first prompt; then all heads compete for half of the entries."""
+    scorer, n, half = Reconstruction(sink=4, plus=name == "kvzip_plus"), LENGTHS[0], LENGTHS[0] // 2
+    run = jax.jit(lambda obs, state: scorer.score(obs, state)[1])
+    layers = []
+    for layer in range(LAYERS):
+        state = {"score": jnp.zeros((1, 2, n))}
+        for p in range(2):
+            q, k, v, hidden = (
+                jnp.asarray(FIXTURE[f"kvzip/{x}/{p}/{layer}"]) for x in ("q", "k", "v", "hidden")
+            )
+            count = q.shape[1]
+            after = jnp.arange(n, n + count, dtype=jnp.int32)
+            pos = jnp.concatenate([jnp.arange(n, dtype=jnp.int32), after])
+            obs = Observation(
+                q=q[None],
+                q_pos=after[None],
+                k=jnp.concatenate([FIXTURE[f"k/0/{layer}"], k], axis=1)[None],
+                v=jnp.concatenate([FIXTURE[f"v/0/{layer}"], v], axis=1)[None],
+                pos=jnp.broadcast_to(pos, (1, 2, n + count)),
+                length=jnp.asarray([n + count]),
+                hidden=hidden[None],
+                wo=jnp.asarray(FIXTURE[f"wo/{layer}"]),
+                span=(jnp.asarray([p * half]), jnp.asarray([p * half + half])),
+                scale=16**-0.5,
+            )
+            padded = {"score": jnp.pad(state["score"], ((0, 0), (0, 0), (0, count)))}
+            state = {"score": run(obs, padded)["score"][:, :, :n]}
+        scores = np.asarray(state["score"])[0]
+        theirs = FIXTURE[f"scores/{name}"][layer]
+        np.testing.assert_allclose(scores, theirs, atol=1e-4, rtol=1e-4)
+        layers.append(state["score"])
+    policy = parse(f"{name}(budget=0.5)")
+    pos = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (1, 2, n))
+    scores = [policy.protect(s, pos, jnp.asarray([n])) for s in layers]
+    valid, keep = [pos >= 0] * LAYERS, jnp.asarray([policy.keep(n)])
+    counts = policy.allocator.model_counts(scores, valid, keep, jnp.asarray([n]), [None] * LAYERS)
+    theirs = np.unpackbits(FIXTURE[f"kept/{name}"], axis=-1)[..., :n].astype(bool)
+    for layer in range(LAYERS):
+        index = np.asarray(policy.selection.select(scores[layer], valid[layer], counts[layer], n))
+        for head in range(2):
+            np.testing.assert_array_equal(
+                index[0, head][index[0, head] < n], np.flatnonzero(theirs[layer, head])
+            )

@@ -457,6 +457,14 @@ def test_kvzip_scores_are_the_largest_attention_of_the_repetition():
     np.testing.assert_allclose(kept_score, np.maximum(want, 0.5), atol=1e-6)
 
 
+def test_kvcompose_scores_are_replayed_maxima_plus_their_mean():
+    obs = prompt(6, lengths=(32,))
+    obs = obs.replace(q=obs.q[:, :, 16:], q_pos=obs.q_pos[:, 16:])
+    best = group_mean(attention(obs).max(axis=2))
+    got = score(probed.Replay(), obs)[0]
+    np.testing.assert_allclose(got, best + best.mean(axis=1, keepdims=True), atol=1e-6)
+
+
 def test_shotkv_shots_have_one_score_whatever_the_order_inside():
     ids = jnp.asarray(np.random.default_rng(1).integers(5, 9, (BATCH, 32)))
     scorer = probed.Shots(window=4, separators=(7,))

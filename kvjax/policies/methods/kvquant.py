@@ -13,7 +13,12 @@ from kvjax.policies.registry import method
     tiny=dict(group=8, residual=8),
 )
 def kvquant(
-    bits: int = 3, outliers: int = 1, group: int = 128, residual: int = 128, sink: int = 1, calibration: str = ""
+    bits: int = 3,
+    outliers: int = 1,
+    group: int = 128,
+    residual: int = 128,
+    sink: int = 1,
+    calibration: str = "",
 ) -> Policy:
     """Non-uniform levels (nuq) for keys before RoPE per channel and values per token, outliers kept exactly.
 

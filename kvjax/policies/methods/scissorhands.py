@@ -16,9 +16,9 @@ def scissorhands(
     """Entries that were important to most of the last `window` queries stay: importance persists.
 
     score[j] = #{i in window: A[i, j] >= 1 / (entries visible to i)} / queries that saw j, mean attention over the
-    group; one bit per query and entry is stored. The
-    paper drops half of the cache at once: interval = decode steps from one eviction to the next. Uniform over layers (the paper gives later layers more; compose
-    with a layer allocator).
+    group; one bit per query and entry is stored. The paper drops half of the cache at once: interval = decode
+    steps from one eviction to the next. Uniform over layers (the paper gives later layers more; compose with a
+    layer allocator).
     """
     if window < 1:
         raise ValueError(f"scissorhands: window must be at least 1 query, got {window}")

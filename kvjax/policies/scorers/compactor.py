@@ -69,6 +69,7 @@ class NonCausalAttention(Scorer):
     padded: bool = False
     first: int = 0  # leave out the first and last positions of the row, as Compactor does
     last: int = 0
+    prefill_only: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -122,6 +123,7 @@ class Compactor(Scorer):
     padded: bool = False
     first: int = 8
     last: int = 4
+    prefill_only: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q", "inv_freq"})
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -52,6 +52,7 @@ class ExpectedAttention(Scorer):
     value_norm: bool = True
     epsilon: float = 0.0
     stats: str | None = None
+    prefill_only: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q", "inv_freq"})
 
     def constants(self, layer: int, shape: ModelShape) -> dict[str, Any]:
@@ -105,6 +106,7 @@ class InformationCapacity(Scorer):
     tau: float = 5.0
     future: int = 512
     sink: int = 4
+    prefill_only: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q", "inv_freq"})
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:

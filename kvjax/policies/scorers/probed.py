@@ -25,6 +25,7 @@ class Reconstruction(Scorer):
     over the group and all queries; entries keep their score when later chunks arrive.
     """
 
+    prefill_only: ClassVar[bool] = True
     sink: int = 4
     plus: bool = False
 
@@ -70,6 +71,7 @@ class Replay(Scorer):
     Maximum over the replayed queries, mean over the group, plus the mean over KV heads.
     """
 
+    prefill_only: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -128,6 +130,7 @@ class Shots(Scorer):
     prompt starts a new segment. The last `window` positions are lifted.
     """
 
+    prefill_only: ClassVar[bool] = True
     window: int = 32
     separators: tuple[int, ...] = ()
     length: int = 32

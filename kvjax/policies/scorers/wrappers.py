@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,11 @@ class OutputPerturbation(Scorer):
         """The inner scorer's fields and the output projection."""
         return self.inner.needs | {"wo"}
 
+    @property
+    def prefill_only(self) -> bool:  # type: ignore[override]
+        """As the inner scorer."""
+        return self.inner.prefill_only
+
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """The inner scorer's state."""
         return self.inner.slot_state()
@@ -79,6 +85,7 @@ class Blockwise(Scorer):
     Survivors of the last block get 1, others 0; K is the budget of the layer.
     """
 
+    prefill_only: ClassVar[bool] = True
     inner: Scorer
     block: int = 128
 
@@ -128,6 +135,11 @@ class Sampled(Scorer):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The inner scorer's fields."""
         return self.inner.needs
+
+    @property
+    def prefill_only(self) -> bool:  # type: ignore[override]
+        """As the inner scorer."""
+        return self.inner.prefill_only
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots]."""

@@ -10,7 +10,7 @@ import pytest
 from test_decode_attention import check, draft
 
 from pallas_kernels import formats
-from pallas_kernels.decode_attention import gpu
+from pallas_kernels.decode_attention import gpu, gpu_limits
 from pallas_kernels.platform import require_hopper
 
 BF16 = jnp.bfloat16
@@ -65,8 +65,16 @@ def test_options_lower(fmt, options):
 
 
 def test_splits_fill_the_device_without_tiny_parts():
-    for rows, slots in [(8, 32768), (8, 131072), (256, 8192), (512, 4096), (64, 32768), (1, 1 << 20), (8, 100)]:
-        splits = gpu.choose_splits(rows, slots, 64, 2)
+    for rows, slots in [
+        (8, 32768),
+        (8, 131072),
+        (256, 8192),
+        (512, 4096),
+        (64, 32768),
+        (1, 1 << 20),
+        (8, 100),
+    ]:
+        splits = gpu_limits.choose_splits(rows, slots, 64, 2)
         assert splits & (splits - 1) == 0
         assert splits == 1 or slots // splits >= 4 * 64
         assert rows * splits >= 128 or slots // splits < 8 * 64 * 2
@@ -84,9 +92,13 @@ def test_splits_fill_the_device_without_tiny_parts():
     ],
 )
 def test_what_the_kernel_does_not_cover_is_named(change, reason):
-    problem = oracle.make(np.random.default_rng(), **(dict(dim=128, dtype=BF16, kv_group=64, batch=1) | change))
+    problem = oracle.make(
+        np.random.default_rng(), **(dict(dim=128, dtype=BF16, kv_group=64, batch=1) | change)
+    )
     layout = dict(table=problem.table, blocks=None, block_size=None)
-    got = gpu.unsupported(problem.q, problem.store, lengths=problem.lengths, mask=None, **layout)
+    got = gpu_limits.unsupported(
+        problem.q, problem.store, lengths=problem.lengths, positions=None, mask=None, **layout
+    )
     assert got is not None and reason in got and "\n" not in got
 
 

@@ -1,0 +1,94 @@
+"""Which shapes the Hopper decode kernel covers, and how it is cut for a shape."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
+
+Array = jax.Array
+_SMS = 132  # of an H100 or H200; only the choice of splits depends on it
+_MAX_COLUMNS = 64
+_MAX_TREE = 32
+
+
+def unsupported(
+    q: Array, store: KVStore, *, lengths, positions, mask, table, blocks, block_size
+) -> str | None:
+    """Why the kernel cannot run on these operands, or None if it can."""
+    _, q_heads, tokens, dim = q.shape
+    columns = q_heads // lengths.shape[1] * tokens
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q is {q.dtype.name}; bfloat16 and float16 are supported"
+    if store.format == DENSE and store.k.dtype != q.dtype:
+        return f"k is {store.k.dtype.name} and q {q.dtype.name}; they must be equal"
+    dims = (64, 128, 192, 256) if store.format == DENSE else (128, 256)
+    if dim not in dims:
+        return f"head_dim={dim}; format {store.format!r} supports {dims}"
+    copies = dim // store.group if store.format in PACKED_BITS else 1
+    if columns * copies > _MAX_COLUMNS:
+        return (
+            f"{columns} queries per KV head (group x tokens); at most {_MAX_COLUMNS // copies} are supported"
+        )
+    if store.format in PACKED_BITS and store.group not in (64, 128):
+        return f"group={store.group}; 64 and 128 are supported"
+    if mask is not None and mask.shape[2] > _MAX_TREE:
+        return f"a mask over {mask.shape[2]} new tokens; at most {_MAX_TREE} are supported"
+    least = least_block(store)
+    slots = store.slots if table is None else store.slots * table.shape[2]
+    if table is not None and store.slots % least and (store.format != DENSE or least % store.slots):
+        return f"page_size={store.slots}; format {store.format!r} needs multiples of {least}"
+    if table is not None and store.format == DENSE and store.slots % 8:
+        return f"page_size={store.slots}; multiples of 8 are supported"
+    if table is None and lengths.size * slots < least:
+        return f"{slots} slots; too few to fill one step of {least}"
+    if positions is not None and slots % 4:
+        return f"positions of {slots} slots; multiples of 4 are supported"
+    if table is None and slots % 8:
+        return f"{slots} slots; multiples of 8 are supported, since heads start at tiles of 8 rows"
+    if store.format != DENSE and table is None and slots % least:
+        return f"{slots} slots; format {store.format!r} needs multiples of {least}"
+    if blocks is not None and block_size % least:
+        return f"block_size={block_size}; format {store.format!r} needs multiples of {least}"
+    if table is not None and blocks is not None and store.slots % least:
+        return f"a block table with page_size={store.slots}; it needs multiples of {least}"
+    return None
+
+
+def least_block(store: KVStore) -> int:
+    """Slots per step."""
+    return 128 if store.format == "int2" else 64
+
+
+def preferred_block(store: KVStore, unit: int, columns: int) -> int:
+    """Slots per step: 8 bits take 128 where pages, blocks and registers allow."""
+    wide = store.format in EIGHT_BIT and unit % 128 == 0 and columns <= 16 and store.head_dim == 128
+    return 128 if wide else least_block(store)
+
+
+def choose_splits(rows: int, slots: int, block: int, resident: int) -> int:
+    """Parts to cut every row's slots into, so that the GPU is full and a part is not too short.
+
+    Args:
+      rows: (sequence, KV head) pairs.
+      slots: slots of a row.
+      block: slots per step.
+      resident: CTAs that fit on one multiprocessor.
+    """
+    wanted = 2 ** max(0, round(math.log2(resident * _SMS / rows)))
+    most = max(1, slots // (4 * block))
+    return min(wanted, 2 ** int(math.log2(most)))
+
+
+def choose_stages(fmt: str, dim: int, block: int) -> int:
+    """Steps in flight: enough bytes to cover the latency of memory, few enough for several CTAs.
+
+    Packed formats need 3 at least: the next step's key scales are awaited one step early.
+    """
+    if fmt in PACKED_BITS:
+        return 4 if dim == 128 else 3
+    row = 2 * dim * (2 if fmt == "half" else 1)
+    return max(2, min(6, 65_536 // (row * block) + 1))

@@ -1,0 +1,394 @@
+"""Reducers against float64 loops: what merges into what, with which weight, and what stays bit-identical."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax.policies import Observation, parse
+from kvjax.policies.base import PROTECTED
+from kvjax.policies.reducers import neighbours, similar
+from kvjax.policies.reducers.nearest import nearest
+from kvjax.policies.scorers.temporal import GlobalLocal, Redundancy
+
+FIXTURE = np.load(pathlib.Path(__file__).parents[1] / "fixtures" / "kvpress" / "allocators.npz")
+B, H, S, D = 2, 2, 40, 8
+LENGTHS = np.array([40, 29])
+
+
+def observation(seed=0, **fields):
+    """Two rows of 40 and 29 entries; what stands in empty slots is NaN and must not matter."""
+    rng = np.random.default_rng(seed)
+    pos = np.where(np.arange(S) < LENGTHS[:, None], np.arange(S), -1).astype(np.int32)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    empty = (pos < 0)[:, None, :, None]
+    k, v = (np.where(empty, np.nan, draw(B, H, S, D)) for _ in range(2))
+    k = np.where(empty, 1e30, k)
+    given = {"q": draw(B, 2 * H, S, D), "k": k, "v": v, **fields}
+    return Observation(
+        **{n: jnp.asarray(x, jnp.float32) for n, x in given.items()},
+        q_pos=jnp.asarray(pos),
+        pos=jnp.asarray(np.broadcast_to(pos[:, None], (B, H, S))),
+        length=jnp.asarray(LENGTHS, jnp.int32),
+        scale=D**-0.5,
+    )
+
+
+def choose(seed=1, keep=12, places=16):
+    """(index int32 [batch, kv_heads, places] in time order, unused places = S; lists of survivors)."""
+    rng = np.random.default_rng(seed)
+    index, lists = np.full((B, H, places), S, np.int32), {}
+    for b in range(B):
+        for h in range(H):
+            chosen = np.sort(rng.choice(LENGTHS[b], keep - h, replace=False))
+            index[b, h, : keep - h] = chosen
+            lists[b, h] = chosen.tolist()
+    return jnp.asarray(index), lists
+
+
+def cosines(k, n):
+    x = np.asarray(k, np.float64)[:n]
+    x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+    return x @ x.T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reduce(reducer, obs, index, scores):
+    return reducer.reduce(obs, index, scores)
+
+
+def flat_scores(seed=3):
+    return jnp.asarray(np.random.default_rng(seed).random((B, H, S)), jnp.float32)
+
+
+def check(got, want, lists, atol=2e-5):
+    for (b, h), chosen in lists.items():
+        np.testing.assert_allclose(
+            np.asarray(got)[b, h, : len(chosen)], want[b, h], atol=atol, err_msg=f"{b} {h}"
+        )
+
+
+REDUCERS = [
+    similar.MergeValues(),
+    similar.MergeSimilar(),
+    similar.EvictThenMerge(threshold=-1.0),
+    neighbours.Anchors(),
+    neighbours.GaussianSets(0.0),
+    neighbours.ChunkClusters(8),
+    neighbours.ValueCascade(4),
+]
+
+
+@pytest.mark.parametrize("reducer", REDUCERS, ids=lambda r: type(r).__name__)
+def test_without_losers_nothing_changes(reducer):
+    obs = observation()
+    index = jnp.where(obs.valid, jnp.arange(S), S)
+    k, v = reduce(reducer, obs, index, flat_scores())
+    for b, n in enumerate(LENGTHS):
+        np.testing.assert_array_equal(k[b, :, :n], obs.k[b, :, :n])
+        np.testing.assert_array_equal(v[b, :, :n], obs.v[b, :, :n])
+
+
+def test_nearest_in_blocks():
+    rng = np.random.default_rng(0)
+    keys, centres = rng.standard_normal((1, 1, 600, 4)), rng.standard_normal((1, 1, 9, 4))
+    usable = np.ones((1, 1, 9), bool)
+    usable[..., 3] = False
+    cosine, place = nearest(jnp.asarray(keys), jnp.asarray(centres), jnp.asarray(usable))
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    want = np.where(usable[0, 0], unit(keys[0, 0]) @ unit(centres[0, 0]).T, -np.inf)
+    np.testing.assert_array_equal(place[0, 0], want.argmax(-1))
+    np.testing.assert_allclose(cosine[0, 0], want.max(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("threshold, fraction", [(0.0, 1.0), (0.3, 1.0), (0.0, 0.5)])
+def test_merging_matches_kvpress(threshold, fraction):
+    k, v = jnp.asarray(FIXTURE["merge/k"]), jnp.asarray(FIXTURE["merge/v"])
+    index = jnp.asarray(FIXTURE["merge/index"])
+    pos = jnp.broadcast_to(jnp.arange(40), (2, 2, 40))
+    obs = Observation(q=None, q_pos=None, k=k, v=v, pos=pos, length=jnp.asarray([40, 40]))
+    got_k, got_v = reduce(similar.MergeValues(threshold, fraction), obs, index, None)
+    np.testing.assert_array_equal(
+        got_k, np.take_along_axis(FIXTURE["merge/k"], np.asarray(index)[..., None], 2)
+    )
+    np.testing.assert_allclose(got_v, FIXTURE[f"merge/{threshold}/{fraction}"], atol=1e-5)
+
+
+def test_merged_values_lie_in_the_hull_and_threshold_one_evicts():
+    obs, (index, lists) = observation(), choose()
+    _, v = reduce(similar.MergeValues(), obs, index, None)
+    _, plain = reduce(similar.MergeValues(1.0), obs, index, None)
+    values = np.asarray(obs.v)
+    for (b, h), chosen in lists.items():
+        n = LENGTHS[b]
+        assert (np.asarray(v)[b, h, : len(chosen)] <= values[b, h, :n].max(0) + 1e-5).all()
+        np.testing.assert_array_equal(np.asarray(plain)[b, h, : len(chosen)], values[b, h, chosen])
+
+
+@pytest.mark.parametrize("threshold", [None, 0.4])
+def test_d2o_merges_what_resembles_a_survivor(threshold):
+    obs, (index, lists) = observation(), choose()
+    k, v = reduce(similar.MergeSimilar(threshold), obs, index, None)
+    want_k, want_v = {}, {}
+    for b in range(B):
+        best = {}
+        for h in range(H):
+            c = cosines(obs.k[b, h], LENGTHS[b])
+            for i in set(range(LENGTHS[b])) - set(lists[b, h]):
+                best[h, i] = max((c[i, j], -n) for n, j in enumerate(lists[b, h]))
+        level = np.mean([u for u, _ in best.values()]) if threshold is None else threshold
+        for h in range(H):
+            for want, x in ((want_k, obs.k), (want_v, obs.v)):
+                x = np.asarray(x, np.float64)[b, h]
+                out = x[lists[b, h]].copy()
+                for n in range(len(out)):
+                    mine = [
+                        (u, i) for (hh, i), (u, at) in best.items() if hh == h and -at == n and u >= level
+                    ]
+                    out[n] = (out[n] + sum(u * x[i] for u, i in mine)) / (1 + len(mine))
+                want[b, h] = out
+    check(k, want_k, lists)
+    check(v, want_v, lists)
+
+
+def test_d2o_duplicates_merge_without_change_and_high_thresholds_evict():
+    base = observation()
+    k, v = np.asarray(base.k).copy(), np.asarray(base.v).copy()
+    k[:, :, 1], v[:, :, 1] = k[:, :, 0], v[:, :, 0]
+    obs = base.replace(k=jnp.asarray(k), v=jnp.asarray(v))
+    index = jnp.asarray(np.broadcast_to(np.r_[0, 2, 5, 9], (B, H, 4)).astype(np.int32))
+    got_k, got_v = reduce(similar.MergeSimilar(0.99999), obs, index, None)
+    np.testing.assert_allclose(got_k, k[:, :, [0, 2, 5, 9]], atol=1e-6)
+    np.testing.assert_allclose(got_v, v[:, :, [0, 2, 5, 9]], atol=1e-6)
+    none_k, _ = reduce(similar.MergeSimilar(1.5), obs, index, None)
+    np.testing.assert_array_equal(none_k, k[:, :, [0, 2, 5, 9]])
+
+
+@pytest.mark.parametrize("threshold", [1.5, 0.2, -1.0])
+def test_ems_zero_class(threshold):
+    """Candidates below the threshold leave all centres bit-identical; weights are the scores."""
+    obs, (index, lists) = observation(), choose()
+    scores = flat_scores()
+    k, v = reduce(similar.EvictThenMerge(threshold, sources=1.0), obs, index, scores)
+    want_k, want_v = {}, {}
+    for (b, h), chosen in lists.items():
+        c, n = cosines(obs.k[b, h], LENGTHS[b]), LENGTHS[b]
+        s = np.asarray(scores, np.float64)[b, h] + 1e-6
+        lost = sorted(set(range(n)) - set(chosen), key=lambda i: -s[i])[: len(chosen)]
+        for want, x in ((want_k, obs.k), (want_v, obs.v)):
+            x = np.asarray(x, np.float64)[b, h]
+            total, weight = x[chosen] * s[chosen, None], s[chosen].copy()
+            for i in lost:
+                at = int(np.argmax(c[i, chosen]))
+                if c[i, chosen[at]] >= threshold:
+                    total[at] += s[i] * x[i]
+                    weight[at] += s[i]
+            want[b, h] = total / weight[:, None]
+    check(k, want_k, lists)
+    check(v, want_v, lists)
+    if threshold > 1:
+        for (b, h), chosen in lists.items():
+            np.testing.assert_array_equal(np.asarray(k)[b, h, : len(chosen)], np.asarray(obs.k)[b, h, chosen])
+
+
+def test_ems_score():
+    obs = observation()
+    got, _ = jax.jit(lambda o: GlobalLocal(window=4, kernel=3).score(o, {}))(obs)
+    for b, n in enumerate(LENGTHS):
+        for h in range(H):
+            a = np.zeros((n, n))
+            for g in (2 * h, 2 * h + 1):
+                for i in range(n):
+                    x = (
+                        np.asarray(obs.k, np.float64)[b, h, : i + 1]
+                        @ np.asarray(obs.q, np.float64)[b, g, i]
+                        * D**-0.5
+                    )
+                    e = np.exp(x - x.max())
+                    a[i, : i + 1] += e / e.sum() / 2
+            overall = a.sum(0) / (n - np.arange(n))
+            last = np.pad(a[-4:].mean(0), 1)
+            local = (last[:-2] + last[1:-1] + last[2:]) / 3
+            want = np.maximum(local, overall * local.sum() / overall.sum())
+            np.testing.assert_allclose(got[b, h, :n], want, rtol=1e-3, atol=1e-6)
+
+
+def test_anchors_are_the_exact_means_of_their_clusters():
+    obs, (index, lists) = observation(), choose()
+    k, v = reduce(neighbours.Anchors(), obs, index, None)
+    want_k, want_v = {}, {}
+    for (b, h), chosen in lists.items():
+        owner = [min(chosen, key=lambda j: (abs(i - j), j)) for i in range(LENGTHS[b])]
+        for want, x in ((want_k, obs.k), (want_v, obs.v)):
+            x = np.asarray(x, np.float64)[b, h]
+            want[b, h] = np.array([x[[i for i, o in enumerate(owner) if o == j]].mean(0) for j in chosen])
+    check(k, want_k, lists)
+    check(v, want_v, lists)
+
+
+def test_kvmerger_sets_and_weights():
+    rng = np.random.default_rng(5)
+    walk = np.cumsum(rng.standard_normal((B, H, S, D)) * 0.5, axis=2)  # neighbours resemble each other
+    obs, (index, lists) = observation(k=walk), choose(keep=8)
+    scores = np.random.default_rng(3).random((B, H, S)).astype(np.float32)
+    scores[:, :, 3] = PROTECTED
+    eps = 0.8
+    k, v = reduce(neighbours.GaussianSets(eps), obs, index, jnp.asarray(scores))
+    want_k, want_v, merged = {}, {}, 0
+    for (b, h), chosen in lists.items():
+        n, c = LENGTHS[b], cosines(walk[b, h], LENGTHS[b])
+        group = np.zeros(n, int)
+        for i in range(1, n):
+            joined = c[i, i - 1] >= eps and 3 not in (i, i - 1)
+            group[i] = group[i - 1] + (not joined)
+        owner = {}
+        for i in range(n):
+            mine = [j for j in chosen if group[j] == group[i]]
+            if mine:
+                owner[i] = min(mine, key=lambda j: (abs(i - j), j))
+        for want, x in ((want_k, obs.k), (want_v, obs.v)):
+            x, keys, out = np.asarray(x, np.float64)[b, h], walk[b, h], []
+            for j in chosen:
+                others = [i for i, o in owner.items() if o == j and i not in chosen]
+                merged += len(others)
+                far = np.array([((keys[i] - keys[j]) ** 2).sum() for i in others])
+                w = np.zeros(0)
+                if len(far):
+                    sigma2 = far.mean()
+                    for _ in range(2):
+                        w = np.exp(-far / (2 * sigma2))
+                        sigma2 = ((1 + w.sum()) / (np.sqrt(2) * (1 + len(far)))) ** 2
+                out.append((x[j] + sum(a * x[i] for a, i in zip(w, others))) / (1 + w.sum()))
+            want[b, h] = np.array(out)
+    assert merged > 20
+    check(k, want_k, lists, atol=2e-4)
+    check(v, want_v, lists, atol=2e-4)
+
+
+def test_chelsea_ranks_sources_by_similarity():
+    obs, chunk = observation(), 8
+    got, _ = jax.jit(lambda o: Redundancy(chunk).score(o, {}))(obs)
+    for b, n in enumerate(LENGTHS):
+        c = cosines(obs.k[b, 1], n)
+        for i in range(n):
+            place = i % chunk
+            level = (~place & (place + 1)).bit_length() - 1
+            base = i - place
+            targets = [
+                j
+                for j in range(base, min(base + chunk, n))
+                if (~(j - base) & (j - base + 1)).bit_length() - 1 > level
+            ]
+            best = max((c[i, j] for j in targets), default=-1.0)
+            np.testing.assert_allclose(got[b, 1, i], 3 * level - max(best, -1.0), atol=1e-5)
+
+
+def test_chelsea_pairs_with_equal_keys_become_one():
+    """Pairs (2i, 2i+1) with equal keys and values: half the entries give the same attention output."""
+    rng = np.random.default_rng(2)
+    k, v = (np.repeat(rng.standard_normal((B, H, S // 2, D)), 2, axis=2) for _ in range(2))
+    obs = observation(k=k, v=v)
+    scores = Redundancy(8).score(obs, {})[0]
+    policy = parse("chelsea(chunk=8, sink=0, recent=0)")
+    lengths = jnp.asarray(LENGTHS)
+    kept = policy.allocator.counts(scores, obs.valid, jnp.asarray([20, 15]), 0)
+    index = policy.selection.select(policy.protect(scores, obs.pos, lengths), obs.valid, kept, 20)
+    got_k, got_v = reduce(policy.reducer, obs, index, scores)
+    q = rng.standard_normal(D)
+    for h in range(H):
+
+        def attend(keys, values):
+            e = np.exp(np.asarray(keys, np.float64) @ q)
+            return e @ np.asarray(values, np.float64) / e.sum()
+
+        np.testing.assert_allclose(attend(got_k[0, h], got_v[0, h]), attend(k[0, h], v[0, h]), atol=1e-5)
+
+
+def test_chelsea_clusters_stay_in_their_chunk():
+    obs, (index, lists) = observation(), choose()
+    k, v = reduce(neighbours.ChunkClusters(8), obs, index, None)
+    want_k, want_v = {}, {}
+    for (b, h), chosen in lists.items():
+        c = cosines(obs.k[b, h], LENGTHS[b])
+        members = {j: [j] for j in chosen}
+        for i in set(range(LENGTHS[b])) - set(chosen):
+            mine = [j for j in chosen if j // 8 == i // 8]
+            if mine:
+                members[max(mine, key=lambda j: c[i, j])].append(i)
+        for want, x in ((want_k, obs.k), (want_v, obs.v)):
+            x = np.asarray(x, np.float64)[b, h]
+            want[b, h] = np.array([x[members[j]].mean(0) for j in chosen])
+    check(k, want_k, lists)
+    check(v, want_v, lists)
+
+
+def test_cam_windows_and_probabilities():
+    obs, (index, lists) = observation(), choose()
+    m = 4
+    mass = np.asarray(obs.group(obs.column_mass()), np.float64)
+    values = np.asarray(obs.v, np.float64)
+    want = {}
+    for (b, h), chosen in lists.items():
+        out = values[b, h][chosen].copy()
+        for i in set(range(LENGTHS[b])) - set(chosen):
+            window = [n for n, j in enumerate(chosen) if j > i][:m]
+            if window:
+                p = np.clip(mass[b, h, i] / np.mean([mass[b, h, chosen[n]] for n in window]), 0, 1)
+                out[window] += p * values[b, h, i] / len(window)
+        want[b, h] = out
+    for seed in range(2):
+        k, _ = reduce(neighbours.ValueCascade(m, seed), obs, index, None)
+        for (b, h), chosen in lists.items():
+            np.testing.assert_array_equal(np.asarray(k)[b, h, : len(chosen)], np.asarray(obs.k)[b, h, chosen])
+    p, first, n = neighbours.ValueCascade(m).probability(obs, index)
+    for (b, h), chosen in lists.items():
+        got = values[b, h][chosen].copy()
+        for i in range(LENGTHS[b]):
+            at = slice(int(first[b, h, i]), int(first[b, h, i] + n[b, h, i]))
+            if p[b, h, i] > 0:
+                got[at] += float(p[b, h, i]) * values[b, h, i] / int(n[b, h, i])
+        np.testing.assert_allclose(got, want[b, h], atol=1e-4)
+
+
+def test_cam_draws():
+    """One draw adds V / m to m survivors or nothing; equal seeds agree; over seeds the mean approaches p."""
+    obs, (index, _) = observation(), choose(keep=12)
+    p, first, n = neighbours.ValueCascade(4).probability(obs, index)
+    values = np.nan_to_num(np.asarray(obs.v, np.float64))
+    total, runs = 0.0, 200
+    for seed in range(runs):
+        _, v = reduce_seeded(obs, index, seed)
+        total = total + np.asarray(v, np.float64) / runs
+    want = values[0, 0][np.asarray(index)[0, 0, :12]].copy()
+    for i in range(LENGTHS[0]):
+        if p[0, 0, i] > 0:
+            at = slice(int(first[0, 0, i]), int(first[0, 0, i] + n[0, 0, i]))
+            want[at] += float(p[0, 0, i]) * values[0, 0, i] / int(n[0, 0, i])
+    np.testing.assert_allclose(total[0, 0, :12], want, atol=0.25)
+
+
+@jax.jit
+def reduce_seeded(obs, index, seed):
+    return neighbours.ValueCascade(4, seed).reduce(obs, index, None)
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("merging(fraction=0.0)", "fraction"),
+        ("d2o(weights=raw)", "weights"),
+        ("ems(kernel=4)", "kernel"),
+        ("kvmerger(threshold=2.0)", "threshold"),
+        ("chelsea(chunk=12)", "chunk"),
+        ("cam(m=0)", "m must"),
+        ("merging | ems", "exclude"),
+    ],
+)
+def test_bad_arguments(spec, words):
+    with pytest.raises(ValueError, match=words):
+        parse(spec)
