@@ -75,8 +75,9 @@ def compile_stage(
 ) -> Row:
     """Compile `fn` for the devices of `mesh`; arguments without a sharding are replicated.
 
-    `fn` may be jitted already. Returns the row of `stage`; `optimal_seconds` is None where the compiler's
-    cost model does not know a time, and `vmem_bytes` is the most that one kernel holds in VMEM.
+    `fn` may be jitted already. Returns the row of `stage`. `optimal_seconds` is the compiler's estimate; where
+    its cost model does not know some operation it is the roofline of the flops and bytes (`seconds_from` says
+    which). `vmem_bytes` is the most that one kernel holds in VMEM, None where it is not known.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
