@@ -89,7 +89,8 @@ def compile_stage(
     with jax.set_mesh(mesh):
         lower = fn.lower if hasattr(fn, "lower") else jax.jit(fn, donate_argnums=donate).lower
         compiled = lower(*args, **(kwargs or {})).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    assert memory is not None, "the TPU compiler always reports memory"
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     flops, moved = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
     seconds, source = float(cost.get("optimal_seconds", -1.0)), "compiler"

@@ -114,7 +114,8 @@ def _prefill(s: Sizes) -> Iterator[Case]:
         )
 
     tiles = s.prompt // 128
-    table = BlockTable(Shape((1, s.q_heads, tiles, max(1, tiles // 10)), jnp.int32), 128, 128)
+    indices: Any = Shape((1, s.q_heads, tiles, max(1, tiles // 10)), jnp.int32)
+    table = BlockTable(indices, 128, 128)
     yield Case("prefill_causal", aligned, (q, k, k, positions))
     yield Case("prefill_block_sparse", aligned, (q, k, k, positions, table))
     yield Case("prefill_positions_segments", general, (q, k, k, positions, positions))
