@@ -535,6 +535,21 @@ def test_pools_never_overflow(spec):
     np.testing.assert_array_equal(held(cache), want)
 
 
+def test_fixed_roles_through_the_cache():
+    """sparsity=0.5: the two best heads hold every token, the others sinks and the window."""
+    lm, lengths = Toy(), (40, 29, 3)
+    policy = parse("duoattention(heads=((0.1, 0.9), (0.8, 0.2)), sink=2, recent=4, sparsity=0.5)")
+    plan = Plan(policy, lm.shape, 3, 40, 4, page_size=4)
+    tokens, positions = ragged(lengths, 40)
+    _, cache = engine.prefill(lm, plan, lm.init(), tokens, positions)
+    for i, full_head in enumerate((1, 0)):
+        pos = np.asarray(ops.view(plan, cache, i).pos)
+        for row, n in enumerate(lengths):
+            held = [sorted(x[x >= 0].tolist()) for x in pos[row]]
+            assert held[full_head] == list(range(n))
+            assert held[1 - full_head] == sorted({*range(min(2, n)), *range(max(n - 4, 0), n)})
+
+
 def test_a_question_after_a_shared_pool_keeps_every_layer():
     """Extending without compression re-packs all layers that share a pool, not one over the others."""
     lm = Toy(layers=4)
