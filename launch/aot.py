@@ -34,6 +34,15 @@ from models.lm import DecoderLM
 
 Row = dict[str, Any]
 
+# Dense bfloat16 FLOP/s and HBM bytes/s of one device, by the vendor's data sheets; a tpu7x device is half a
+# chip.
+PEAKS = {
+    "v4": (275e12, 1.228e12),
+    "v5e": (197e12, 0.819e12),
+    "v5p": (459e12, 2.765e12),
+    "v6e": (918e12, 1.640e12),
+    "tpu7x": (1153e12, 3.690e12),
+}
 CALL_TOKENS = 16384  # tokens of one prefill call over all rows: more only costs memory
 
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
@@ -66,8 +75,9 @@ def compile_stage(
 ) -> Row:
     """Compile `fn` for the devices of `mesh`; arguments without a sharding are replicated.
 
-    `fn` may be jitted already. Returns the row of `stage`; `optimal_seconds` is None where the compiler's
-    cost model does not know a time, and `vmem_bytes` is the most that one kernel holds in VMEM.
+    `fn` may be jitted already. Returns the row of `stage`. `optimal_seconds` is the compiler's estimate; where
+    its cost model does not know some operation it is the roofline of the flops and bytes (`seconds_from` says
+    which). `vmem_bytes` is the most that one kernel holds in VMEM, None where it is not known.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -79,17 +89,23 @@ def compile_stage(
     with jax.set_mesh(mesh):
         lower = fn.lower if hasattr(fn, "lower") else jax.jit(fn, donate_argnums=donate).lower
         compiled = lower(*args, **(kwargs or {})).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    assert memory is not None, "the TPU compiler always reports memory"
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    seconds = cost.get("optimal_seconds", -1.0)
+    flops, moved = float(cost.get("flops", 0.0)), float(cost.get("bytes accessed", 0.0))
+    seconds, source = float(cost.get("optimal_seconds", -1.0)), "compiler"
+    if seconds <= 0:  # every operation of unknown cost counts as -1
+        peak, bandwidth = PEAKS.get(topology.split(":")[0], (math.inf, math.inf))
+        seconds, source = max(flops / peak, moved / bandwidth), "roofline"
     return {
         "stage": stage,
         "topology": topology,
         "devices": mesh.size,
         "hbm_bytes_per_device": int(held - memory.alias_size_in_bytes),
-        "flops": float(cost.get("flops", 0.0)),
-        "bytes_accessed": float(cost.get("bytes accessed", 0.0)),
-        "optimal_seconds": float(seconds) if seconds > 0 else None,
+        "flops": flops,
+        "bytes_accessed": moved,
+        "optimal_seconds": seconds,
+        "seconds_from": source,
         "argument_bytes": int(memory.argument_size_in_bytes),
         "temp_bytes": int(memory.temp_size_in_bytes),
         "vmem_bytes": _vmem_bytes(compiled),
@@ -230,9 +246,8 @@ def main(f: flags.FlagValues) -> None:
     if f.kernels:
         rows += kernel_rows(f.topology, aot_kernels.Sizes(), progress=True)
     for row in rows:
-        seconds = row["optimal_seconds"]
         vmem = "?" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 2**20:.1f}"
-        time = "no estimate" if seconds is None else f"{seconds * 1e3:.3f} ms"
+        time = f"{row['optimal_seconds'] * 1e3:.3f} ms ({row['seconds_from']})"
         print(
             f"{row['stage']:<34} {row['topology']} x{row['devices']}: "
             f"HBM {row['hbm_bytes_per_device'] / 2**30:.3f} GiB a device, "

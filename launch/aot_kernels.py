@@ -48,15 +48,12 @@ def cases(sizes: Sizes = Sizes()) -> Iterator[Case]:
     yield from _cache_write(sizes)
 
 
-def meta_dtype(fmt: str) -> Any:
-    """Dtype of scales and zeros in the cases: TPUs load no float16."""
-    return jnp.bfloat16 if fmt in formats.PACKED_BITS else None
-
-
 def abstract_store(fmt: str, lead: tuple[int, ...], slots: int, head_dim: int) -> formats.KVStore:
     """A `KVStore` of ShapeDtypeStructs."""
     x = Shape((*lead, slots, head_dim), jnp.bfloat16)
-    return jax.eval_shape(lambda k, v: formats.encode(k, v, fmt, meta_dtype=meta_dtype(fmt)), x, x)
+    # bfloat16 scales are read as they are; float16 ones are first copied by XLA, for no TPU loads float16.
+    meta = jnp.bfloat16 if fmt in formats.PACKED_BITS else None
+    return jax.eval_shape(lambda k, v: formats.encode(k, v, fmt, meta_dtype=meta), x, x)
 
 
 def decode_call(q, store, lengths, table=None, blocks=None, positions=None, q_positions=None, **static):
@@ -117,7 +114,8 @@ def _prefill(s: Sizes) -> Iterator[Case]:
         )
 
     tiles = s.prompt // 128
-    table = BlockTable(Shape((1, s.q_heads, tiles, max(1, tiles // 10)), jnp.int32), 128, 128)
+    indices: Any = Shape((1, s.q_heads, tiles, max(1, tiles // 10)), jnp.int32)
+    table = BlockTable(indices, 128, 128)
     yield Case("prefill_causal", aligned, (q, k, k, positions))
     yield Case("prefill_block_sparse", aligned, (q, k, k, positions, table))
     yield Case("prefill_positions_segments", general, (q, k, k, positions, positions))

@@ -8,7 +8,9 @@ import os
 # Before jax is imported; processes that tests start inherit both. Tests compile far more than they compute, so
 # the compiler skips its expensive passes: a third less time in all.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import jax
 

@@ -17,7 +17,9 @@ def test_the_policy_table_is_current():
 
 
 def test_the_foreign_attention_example_keeps_what_the_policy_says():
-    code = next(c for c in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "def compress" in c)
+    code = next(
+        c for c in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "def compress" in c
+    )
     assert len(code.strip().splitlines()) <= 21
     scope: dict = {}
     exec(code, scope)

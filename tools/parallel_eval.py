@@ -37,7 +37,9 @@ def run(spec: str, out: pathlib.Path, rest: list[str], deadline: float) -> tuple
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--specs", required=True)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--out", required=True)

@@ -39,10 +39,6 @@ def unsupported(q: Array, store: KVStore, *, table, blocks, block_size) -> str |
     """Why the kernel cannot run on these operands, or None."""
     if q.dtype == jnp.float16 or store.k.dtype == jnp.float16:
         return "dtype float16 (TPUs compute in bfloat16 and float32)"
-    for name in ("k_scale", "k_zero", "v_scale", "v_zero"):
-        field = getattr(store, name)
-        if field is not None and field.dtype == jnp.float16:
-            return f"kv.{name} is float16 (bfloat16 and float32 are supported)"
     if store.format == DENSE and store.k.dtype != q.dtype and q.dtype == jnp.bfloat16:
         return f"kv.k is {store.k.dtype} and q bfloat16; cast one of them"
     rows = 32 if store.format != DENSE else 32 // store.k.dtype.itemsize
@@ -281,7 +277,7 @@ def _kernel(*refs, plan: _Static, settings: _Settings):
         )
         logits = dot(q, _keys(stacked, settings, q.dtype), (((1,), (1,)), ((), ())))
         if settings.format in EIGHT_BIT:
-            logits *= stacked("k_scale", 1).astype(jnp.float32)
+            logits *= _float32(stacked("k_scale", 1))
         logits *= settings.scale
         if settings.softcap is not None:
             logits = settings.softcap * jnp.tanh(logits / settings.softcap)
@@ -332,6 +328,21 @@ def _seen(start, head, rows: int, n: int, bits_ref, bounds, tokens: int):
     return (slot >= low) & (slot < high), used
 
 
+def _float32(x):
+    """Scales and zeros as float32; int16 is the bits of float16, which TPUs do not load.
+
+    The exponents differ by 112, so the shifted bits are the value times 2**-112; subnormals are whole numbers
+    of 2**-24, taken apart because TPUs flush those of float32 to 0.
+    """
+    if x.dtype != jnp.int16:
+        return x.astype(jnp.float32)
+    bits = x.astype(jnp.int32)
+    small = (bits & 0x7C00) == 0
+    magnitude = lax.bitcast_convert_type((bits & 0x7FFF) << 13, jnp.float32) * 2.0**112
+    magnitude = jnp.where(small, (bits & 0x3FF).astype(jnp.float32) * 2.0**-24, magnitude)
+    return jnp.where(bits < 0, -magnitude, magnitude)
+
+
 def _unpack(packed, bits: int):
     """uint8 [rows, head_dim] -> codes float32 [rows * 8 / bits, head_dim] in slot order (see formats)."""
     words = packed.astype(jnp.int32)
@@ -348,7 +359,7 @@ def _keys(stacked, settings: _Settings, dtype):
         return stacked("k", 0).astype(dtype)
     codes = _unpack(stacked("k", 0), PACKED_BITS[settings.format])
     n, dim = codes.shape
-    scale, zero = (stacked(name, 0).astype(jnp.float32)[:, None, :] for name in ("k_scale", "k_zero"))
+    scale, zero = (_float32(stacked(name, 0))[:, None, :] for name in ("k_scale", "k_zero"))
     # In registers only: on the MXU a separate product per token group would cost as much as all of them.
     grouped = codes.reshape(n // settings.group, settings.group, dim) * scale + zero
     return grouped.reshape(n, dim).astype(dtype)
@@ -359,7 +370,7 @@ def _values(stacked, settings: _Settings, weights, seen, used, dtype, dot):
     plain = (((1,), (0,)), ((), ()))
     if settings.format in PACKED_BITS:
         codes = _unpack(stacked("v", 0), PACKED_BITS[settings.format]).astype(dtype)
-        scale, zero = (stacked(name, 1).astype(jnp.float32) for name in ("v_scale", "v_zero"))
+        scale, zero = (_float32(stacked(name, 1)) for name in ("v_scale", "v_zero"))
         channel = lax.broadcasted_iota(jnp.int32, (1, codes.shape[1]), 1) // settings.group
         out = jnp.zeros((weights.shape[0], codes.shape[1]), jnp.float32)
         for j in range(codes.shape[1] // settings.group):
@@ -371,5 +382,5 @@ def _values(stacked, settings: _Settings, weights, seen, used, dtype, dot):
     if settings.format != "int8":  # integers are finite whatever an empty slot holds
         v = jnp.where(used, v, jnp.zeros((), dtype))
     if settings.format in EIGHT_BIT:
-        weights = jnp.where(seen, weights * stacked("v_scale", 1).astype(jnp.float32), 0.0)
+        weights = jnp.where(seen, weights * _float32(stacked("v_scale", 1)), 0.0)
     return dot(weights.astype(dtype), v, plain)

@@ -183,6 +183,8 @@ def _fetches(store: KVStore, heads: int, unit: int, units_per_page: int, paged: 
     out = []
     for name, (axis, per) in store.slot_fields().items():
         array = getattr(store, name)
+        if array.dtype == jnp.float16:  # scales and zeros: no TPU loads float16, so pass its bits
+            array = jax.lax.bitcast_convert_type(array, jnp.int16)
         if not paged:
             array = array.reshape(heads, *array.shape[2:])
         if array.ndim == 2:  # one number per slot: slots along lanes

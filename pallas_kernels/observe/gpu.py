@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.observe.columns import column_plan
 from pallas_kernels.prefill_attention import aligned
-from pallas_kernels.prefill_attention.gpu import padded_head_dim
+from pallas_kernels.prefill_attention.gpu import load, padded_head_dim, transposed
 from pallas_kernels.prefill_attention.reference import pad_axis
 
 Array = jax.Array
@@ -102,12 +102,12 @@ def column_mass_gpu(
                 plgpu.barrier_wait(q_full.at[slot])
 
                 def product(ref):
-                    plgpu.wgmma(ref, k_smem.at[wg], plgpu.transpose_ref(q_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(ref, k_smem.at[wg], transposed(q_smem.at[slot]))
                     return ref[...]
 
                 logits = pl.run_scoped(product, plgpu.ACC((_WARPGROUP_ROWS, TILE_Q), jnp.float32))
                 by_query = plgpu.Layout.WGMMA.reduce(0)
-                bias = plgpu.load(shift_smem.at[slot], (), layout=by_query, optimized=False)
+                bias = load(shift_smem.at[slot], by_query)
                 plgpu.barrier_arrive(q_free.at[slot])
                 unit = scale * LOG2E
                 if softcap is not None:
@@ -119,7 +119,7 @@ def column_mass_gpu(
                     iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, logits.shape)
                     lines = iota(0, layout=plgpu.Layout.WGMMA) + base
                     cols = iota(1, layout=plgpu.Layout.WGMMA) + at
-                    bound = plgpu.load(low_ref.at[b, pl.ds(at, TILE_Q)], (), layout=by_query, optimized=False)
+                    bound = load(low_ref.at[b, pl.ds(at, TILE_Q)], by_query)
                     seen = (lines <= cols) & (lines >= lax.broadcast_in_dim(bound, logits.shape, [1]))
                     probs = jnp.where(seen, probs, 0.0)
                 return acc + probs

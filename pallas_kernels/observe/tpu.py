@@ -79,7 +79,7 @@ def column_mass_tpu(
         first, ends = column_plan(rows[0][:, 0], tile_q, tile_k)
     else:
         rows, columns = [per_query(q_positions, -1)], [per_slot(k_pos, -1)]
-        if q_segments is not None:
+        if q_segments is not None and k_segments is not None:
             rows.append(per_query(q_segments, -1))
             columns.append(per_slot(jnp.broadcast_to(k_segments[:, None], k_pos.shape), -2))
         first = jnp.zeros((k_tiles,), jnp.int32)

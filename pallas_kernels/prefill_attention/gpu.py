@@ -25,6 +25,8 @@ from pallas_kernels.prefill_attention.reference import pad_axis
 Array = jax.Array
 
 LOG2E = math.log2(math.e)
+# jax 0.10 demands an index beside the reference, which 0.11 deprecates.
+_INDEX = ((),) if jax.__version_info__ < (0, 11) else ()
 _WARPGROUP_ROWS = 64
 TILE_Q = 2 * _WARPGROUP_ROWS
 _FLOOR = -1e30  # running maximum before any slot was seen; finite, so that no inf - inf arises
@@ -115,6 +117,16 @@ def prefill_attention_gpu(
     return out[:, :, :tokens, :head_dim], lse[:, :, :tokens]
 
 
+def load(ref, layout) -> Array:
+    """What `ref` holds as registers in `layout`."""
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
+
+
+def transposed(ref):
+    """`ref` with its two axes swapped, without moving data."""
+    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
 def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, tiling: Tiling):
     """`bounds` are lower bounds by index if `k_pos` is None, else the queries' positions."""
     batch, q_heads, tokens, head_dim = q.shape
@@ -158,7 +170,7 @@ def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, ti
             top = plgpu.layout_cast(jnp.full((_WARPGROUP_ROWS,), _FLOOR, jnp.float32), row)
             total = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS,), jnp.float32), row)
             acc = plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-            bound = plgpu.load(bound_ref.at[b, rows], (), layout=row, optimized=False)
+            bound = load(bound_ref.at[b, rows], row)
 
             @pl.when(count > 0)
             def _():
@@ -171,7 +183,7 @@ def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, ti
                 slot = lax.rem(i, jnp.array(stages, i.dtype))
 
                 def products(ref):
-                    plgpu.wgmma(ref, q_own, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(ref, q_own, transposed(k_smem.at[slot]))
                     take_turn()
                     return ref[...]
 
@@ -190,10 +202,7 @@ def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, ti
                         seen = (cols <= lines) & (cols >= limit)
                     else:
                         slots = pl.ds(key_block(i) * tile_k, tile_k)
-                        at = plgpu.load(
-                            k_pos_ref[0].at[b, kv_head, slots], (), layout=plgpu.Layout.WGMMA.reduce(0),
-                            optimized=False,
-                        )  # fmt: skip
+                        at = load(k_pos_ref[0].at[b, kv_head, slots], plgpu.Layout.WGMMA.reduce(0))
                         at = lax.broadcast_in_dim(at, logits.shape, [1])
                         seen = (at >= 0) & (at <= limit)
                         if window is not None:

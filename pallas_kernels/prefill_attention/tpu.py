@@ -106,7 +106,7 @@ def prefill_attention_tpu(
         plan = aligned.positions_plan(
             columns[0], lanes[0].reshape(batch, kv_heads, k_size), window, tile_q, tile_k
         )
-        if q_segments is not None:
+        if q_segments is not None and k_segments is not None:
             columns.append(jnp.pad(q_segments, ((0, 0), (0, q_size - tokens)), constant_values=-1))
             k_seg = jnp.broadcast_to(k_segments[:, None], (batch, kv_heads, slots)).reshape(-1, 1, slots)
             lanes.append(pad_axis(k_seg, 2, k_size, -2))

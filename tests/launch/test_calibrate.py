@@ -68,7 +68,9 @@ def test_retrieval_scores_are_those_of_a_loop():
                         semantic[layer, h] += p[start:end].sum()
     kv = session().lm.shape.kv_heads
     np.testing.assert_allclose(got["retrieval"], plain.reshape(layers, kv, -1).mean(-1), atol=1e-6)
-    np.testing.assert_allclose(got["retrieval_reasoning"], reasoning.reshape(layers, kv, -1).mean(-1), atol=1e-4)
+    np.testing.assert_allclose(
+        got["retrieval_reasoning"], reasoning.reshape(layers, kv, -1).mean(-1), atol=1e-4
+    )
     np.testing.assert_allclose(got["semantic"], semantic, atol=1e-3)
 
 
@@ -115,7 +117,7 @@ def test_gates_of_one_give_the_full_model_and_training_lowers_them():
     ones = jnp.ones((shape.layers, shape.kv_heads))
     np.testing.assert_allclose(run(duo.gated(ones, 4, 16)), full, atol=1e-5)
     assert np.abs(np.asarray(run(duo.gated(0 * ones, 4, 16))) - full).max() > 1e-2
-    got = duo.gates(session(), 3, 128, lambda n: None, sink=4, recent=16)["duo"]
+    got = duo.gates(session(), 3, 320, lambda n: None, sink=4, recent=16)["duo"]
     assert got.shape == ones.shape and (got <= 1).all() and (got >= 0.9).all() and got.min() < 0.99
 
 
@@ -136,7 +138,10 @@ def test_the_command_writes_a_file_that_only_its_model_accepts(tmp_path, capsys)
     copy = tmp_path / "other.safetensors"
     copy.write_bytes(shipped.read_bytes())
     before = copy.read_bytes()
-    assert cli.run(calibrate.define, calibrate.main, ["--method=headkv", f"--model={MODEL}", f"--out={copy}"]) == 2
+    assert (
+        cli.run(calibrate.define, calibrate.main, ["--method=headkv", f"--model={MODEL}", f"--out={copy}"])
+        == 2
+    )
     assert "another model" in capsys.readouterr().err and copy.read_bytes() == before
 
 
@@ -149,7 +154,15 @@ def test_mistakes_exit_with_two(flag, tmp_path, capsys):
 
 def test_shipped_files_are_complete():
     arrays = calibration.load(str(SHIPPED / "kvref-22m" / "heads.safetensors"))
-    names = {"retrieval", "retrieval_reasoning", "retrieval_heads", "layer_errors", "echo", "induction", "duo"}
+    names = {
+        "retrieval",
+        "retrieval_reasoning",
+        "retrieval_heads",
+        "layer_errors",
+        "echo",
+        "induction",
+        "duo",
+    }
     assert names <= arrays.keys()
     # One KV head copies the needle; every score must point at it.
     for name in ("retrieval", "retrieval_reasoning", "duo"):

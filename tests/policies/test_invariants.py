@@ -25,6 +25,14 @@ LENGTHS, PROMPT, RESERVE = (40, 29, 17), 40, 8
 NEXT = np.random.default_rng(7).integers(0, 64, (3, 5))
 NAMES = P.names()
 BUDGETED = [n for n in NAMES if "budget" in lookup(n).arguments]
+# Checks that compile more programs run for one method of each kind in the quick run, for all in `make test-all`.
+CORE = {"adakv", "cake", "fp8", "full", "h2o", "int8", "keydiff", "kivi", "snapkv", "streaming_llm", "tova"}
+
+
+def every(names, thorough=False):
+    """One parameter a method; tests of a method stay on one worker, where they share compiled programs."""
+    marks = lambda n: [pytest.mark.xdist_group(n)] + [pytest.mark.slow] * (thorough and n not in CORE)  # noqa: E731
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in names])
 
 
 @functools.cache
@@ -58,7 +66,7 @@ def kept(p, cache, layer):
     return {(b, h): sorted(x[x >= 0].tolist()) for b, rows in enumerate(pos) for h, x in enumerate(rows)}
 
 
-@pytest.mark.parametrize("name", BUDGETED)
+@every(BUDGETED, thorough=True)
 def test_a_budget_that_covers_everything_is_the_full_cache(name):
     p = policy(name, budget=PROMPT + RESERVE)
     want, _, want_after = run(P.parse("full"))
@@ -68,7 +76,7 @@ def test_a_budget_that_covers_everything_is_the_full_cache(name):
         np.testing.assert_array_equal(got_after, want_after)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_padding_changes_nothing(name):
     p = policy(name)
     logits, cache, after = run(p)
@@ -79,7 +87,7 @@ def test_padding_changes_nothing(name):
     np.testing.assert_allclose(left_after, after, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_a_row_does_not_depend_on_its_neighbours(name):
     p = policy(name)
     plan = plan_of(p)
@@ -97,7 +105,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
     np.testing.assert_allclose(np.asarray(logits)[:, 1], after[:, 1], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_slots_may_be_permuted(name):
     p = policy(name)
     plan = plan_of(p)
@@ -117,7 +125,7 @@ def test_slots_may_be_permuted(name):
     np.testing.assert_allclose(np.asarray(logits), after, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_decode_after_eviction_is_masked_full_attention(name):
     """The oracle keeps every key and value of the prompt in float64 and masks what the policy removed."""
     p = policy(name)
@@ -166,7 +174,7 @@ def _oracle_step(plan, full_cache, keep, row):
     return x @ w["embed"].T
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES, thorough=True)
 def test_chunked_prefill(name):
     """Whatever the chunks, the budget holds and every kept entry is real; equal to whole prefill where exact."""
     p = policy(name)
@@ -192,7 +200,7 @@ def test_chunked_prefill(name):
             assert got == want
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_allocated_bytes_equal_the_spec(name):
     p = policy(name)
     plan = plan_of(p)
@@ -207,7 +215,7 @@ def test_allocated_bytes_equal_the_spec(name):
     assert arrays.nbytes(cache) == plan.nbytes() == sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
-@pytest.mark.parametrize("name", BUDGETED)
+@every(BUDGETED)
 def test_bytes_follow_the_budget(name):
     """A prompt compressed to a fraction costs that fraction of the full cache, page rounding aside."""
     shape = dataclasses.replace(LM.shape, head_dim=64)
@@ -219,7 +227,7 @@ def test_bytes_follow_the_budget(name):
     assert got <= 0.25 * 1.03 * full + pages + 2 * shape.layers * shape.kv_heads * 4096 // 16 * 4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every(NAMES)
 def test_one_compilation_per_bucket(name):
     p = policy(name)
     plan = plan_of(p)
@@ -230,13 +238,7 @@ def test_one_compilation_per_bucket(name):
     assert engine.prefill._cache_size() == before
 
 
-# Compiling for eight devices is the slowest check by far: in the quick run, one method a kind.
-SHARDED = ("adakv", "full", "h2o", "int8", "keydiff", "snapkv", "streaming_llm")
-
-
-@pytest.mark.parametrize(
-    "name", [n if n in SHARDED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
-)
+@every(NAMES, thorough=True)
 def test_sharded_equals_unsharded(name):
     """batch, kv_heads and slots over an 8-device mesh: the same entries, the same logits."""
     lm, p = Toy(layers=1), policy(name)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch.aot_kernels import decode_call, meta_dtype
+from launch.aot_kernels import decode_call
 from pallas_kernels import formats
 from pallas_kernels.decode_attention import tpu
 from tests.kernels.tpu import dma
@@ -17,7 +17,7 @@ BATCH, Q_HEADS, KV_HEADS, DIM, SLOTS, PAGE = 2, 8, 2, 128, 8192, 128
 def store(fmt: str, paged: bool) -> formats.KVStore:
     lead = (BATCH * KV_HEADS * SLOTS // PAGE,) if paged else (BATCH, KV_HEADS)
     x = jnp.zeros((*lead, PAGE if paged else SLOTS, DIM), jnp.bfloat16)
-    return formats.encode(x, x, fmt, meta_dtype=meta_dtype(fmt))
+    return formats.encode(x, x, fmt)
 
 
 def shuffled_table() -> jnp.ndarray:

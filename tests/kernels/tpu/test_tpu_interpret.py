@@ -42,7 +42,6 @@ def compare_decode(interpret, *, tokens=1, positions=False, window=None, softcap
                    tree=False, mass=True, **problem):  # fmt: skip
     """The kernel beside the XLA path, which has its own float64 oracle."""
     rng = fresh_rng()
-    problem.setdefault("meta", jnp.float32)
     p = decode_oracle.make(rng, tokens=tokens, **problem)
     valid, order, total = decode_oracle.entries(p)
     options = dict(positions=None, q_positions=None, mask=None, blocks=None)
@@ -181,6 +180,16 @@ def test_prefill_without_races_or_uninitialised_reads(monkeypatch):
     monkeypatch.setattr(prefill_tpu, "_TILE", 128)
     case = aligned_case(fresh_rng(), batch=1, q_heads=1, kv_heads=1, tokens=200, lengths=[180])
     compare_prefill(case, STRICT)
+
+
+def test_float16_scales_are_read_exactly():
+    from pallas_kernels.decode_attention.tpu import _float32
+
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    values = bits.view(np.float16)
+    finite = np.isfinite(values)
+    have = np.asarray(_float32(jnp.asarray(bits.view(np.int16))))
+    np.testing.assert_array_equal(have[finite], values[finite].astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
