@@ -53,7 +53,8 @@ def decode_attention(
     """Attention of 1 to 16 new tokens a row over everything stored, their own keys and values included.
 
     Stored tokens of (row, KV head) are slots 0 .. length-1, then the residual window's valid entries. What
-    other slots hold is ignored, NaN included. A query sees a stored token if
+    slots from the length on hold is ignored, NaN included; those below it must be finite, also where their
+    position is -1. A query sees a stored token if
 
       - its position is >= 0 (given `positions`), and
       - position <= the query's position (given `q_positions`), and position > the query's - window, and
