@@ -26,7 +26,20 @@ NEXT = np.random.default_rng(7).integers(0, 64, (3, 5))
 NAMES = P.names()
 BUDGETED = [n for n in NAMES if "budget" in lookup(n).arguments]
 # Checks that compile more programs run for one method of each kind in the quick run, for all in `make test-all`.
-CORE = {"adakv", "cake", "fp8", "full", "h2o", "int8", "keydiff", "kivi", "snapkv", "streaming_llm", "tova"}
+CORE = {
+    "adakv",
+    "cake",
+    "fp8",
+    "full",
+    "h2o",
+    "int8",
+    "keydiff",
+    "kivi",
+    "l2norm",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+}
 
 
 def every(names, thorough=False):
