@@ -93,6 +93,10 @@ def test_windowkv_budgets_fall_by_group():
     assert levels[::2] == levels[1::2] and levels == sorted(levels, reverse=True)
     assert levels[0] == 2 * 80 - 80 * 8 // 14 + 20 and levels[-1] == 80 * 8 // 14 + 20
     assert [int(alloc.layer_keep(i, 8, jnp.asarray(100), jnp.asarray(1000))) for i in range(8)] == levels
+    uneven = [
+        parse("windowkv(budget=100, suffix=20)").allocator.layer_keep(i, 12, 100, 1000) for i in range(12)
+    ]
+    assert 1200 - 24 <= sum(uneven) <= 1200 and uneven[0] > uneven[-1] == 80 * 8 // 14 + 20
 
 
 def test_segments_stay_or_go_whole():

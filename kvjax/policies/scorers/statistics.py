@@ -133,7 +133,7 @@ class Persistence(Scorer):
     Important to the group when the mean over its heads is.
     """
 
-    window: int = 400
+    window: int = 32
     needs: ClassVar[frozenset[str]] = frozenset({"q", "mass"})
 
     @property
