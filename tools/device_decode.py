@@ -110,6 +110,21 @@ def checks():
         )
     check_one("dense window softcap", tokens=3, q_positions="last", window=70, softcap=5.0,
               lengths=[[512, 512], [400, 400]])  # fmt: skip
+    check_one("dense 1000 slots", slots=1000, lengths=[[1000, 999], [65, 500]])
+    check_one("dense 1032 slots, window", slots=1032, tokens=2, q_positions="last", window=300, lengths=[[1032, 999], [600, 700]])  # fmt: skip
+    check_one("dense pages of 8", page=8, slots=1000)
+    lengths = [[512, 400], [40, 64], [99, 16]]
+    check_one(
+        "dense 16 tokens, group 3, 3 rows", batch=3, group=3, tokens=16, q_positions="last", lengths=lengths
+    )
+    for fmt in ("int8", "fp8_e5m2"):
+        check_one(f"{fmt} 16 tokens", fmt=fmt, tokens=16, q_positions="last", lengths=[[512, 400], [40, 64]])
+        check_one(f"{fmt} f16 queries", fmt=fmt, dtype=jnp.float16, slots=1024)
+    for fmt in ("int4", "int2"):
+        check_one(f"{fmt} 4 tokens", fmt=fmt, tokens=4, q_positions="last", lengths=[[512, 400], [40, 64]])
+        check_one(f"{fmt} group 3", fmt=fmt, group=3, slots=4096, lengths=[[4096, 4000], [1, 2049]])
+        check_one(f"{fmt} dim 256, pages of 256", fmt=fmt, dim=256, page=256, q_positions="last",
+                  lengths=[[512, 400], [40, 64]])  # fmt: skip
     positions = np.sort(rng.choice(60_000, (2, 2, 512)), -1).astype(np.int32)
     positions[:, :, ::7] = -1
     q_positions = np.sort(rng.choice(60_000, (2, 4)), -1).astype(np.int32)

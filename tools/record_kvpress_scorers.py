@@ -33,6 +33,7 @@ from kvpress import (
     LagKVPress,
     LeverageScorePress,
     NonCausalAttnPress,
+    ObservedAttentionPress,
     SimLayerKVPress,
     SnapKVPress,
     StreamingLLMPress,
@@ -76,6 +77,7 @@ def presses(ratio: float) -> dict:
         "simlayerkv": SimLayerKVPress(
             lazy_threshold=0.6, n_last=1, n_recent=int(24 / ratio) // 4, n_initial=4
         ),
+        "observed_attention": ObservedAttentionPress(ratio),
         "rerotated_knorm": KeyRerotationPress(KnormPress(ratio)),
         "finch": finch(ratio, True),
         "finch_plain": finch(ratio, False),
@@ -134,12 +136,23 @@ def capture(model: LlamaForCausalLM, tokens: torch.Tensor) -> list[dict]:
     return layers
 
 
+def seen(press, x: dict) -> torch.Tensor | None:
+    """Attention weights [1, q_heads, tokens, tokens], for the one press that reads them."""
+    if not isinstance(press, ObservedAttentionPress):
+        return None
+    logits = x["q"] @ x["k"].repeat_interleave(2, dim=1).transpose(2, 3) * 16**-0.5
+    mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
+    return logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+
+
 def kept(press, x: dict) -> tuple[np.ndarray, np.ndarray]:
     """(bool [kv_heads, tokens]: entries that the press leaves, their keys)."""
     module, v = x["module"], x["v"]
     module.masked_key_indices = None
     torch.manual_seed(SEED)
-    keys, survivors = press.compress(module, x["hidden"], x["k"].clone(), v.clone(), None, x["kwargs"])
+    keys, survivors = press.compress(
+        module, x["hidden"], x["k"].clone(), v.clone(), seen(press, x), x["kwargs"]
+    )
     mask = np.zeros(v.shape[1:3], bool)
     for head in range(v.shape[1]):
         distance = torch.cdist(survivors[0, head].double(), v[0, head].double())
@@ -207,6 +220,7 @@ def main(path: str) -> None:
             attn, (cos, sin) = x["module"], x["kwargs"]["position_embeddings"]
             q = attn.q_proj(x["hidden"]).view(1, length, 4, 16).transpose(1, 2)
             q = q * cos[:, None] + rotate_half(q) * sin[:, None]
+            x["q"] = q
             out[f"q/{n}/{i}"], out[f"hidden/{n}/{i}"] = q[0].numpy(), x["hidden"][0].numpy()
             out[f"k/{n}/{i}"], out[f"v/{n}/{i}"] = x["k"][0].numpy(), x["v"][0].numpy()
             if n == 0:
@@ -216,7 +230,9 @@ def main(path: str) -> None:
                     key = f"{name}/{n}/{i}"
                     if hasattr(press, "score") and ratio == 0.5:
                         torch.manual_seed(SEED)
-                        scores = press.score(x["module"], x["hidden"], x["k"], x["v"], None, x["kwargs"])
+                        scores = press.score(
+                            x["module"], x["hidden"], x["k"], x["v"], seen(press, x), x["kwargs"]
+                        )
                         out[f"scores/{key}"] = scores[0].float().numpy()
                     mask, keys = kept(press, x)
                     out[f"kept/{key}/{ratio}"] = np.packbits(mask, axis=-1)

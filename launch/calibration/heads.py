@@ -121,7 +121,8 @@ def _copies(x: AttentionInputs, *, period: int, first: int) -> Array:
         ours = (x.positions >= first)[:, None, None, :] & (gap > 0)
         late = (q_pos >= first + period)[:, None, :, None]
         echo = jnp.where(ours & late & (gap % period == 0), probs, 0.0)
-        induction = jnp.where(ours & late & (gap % period == period - 1), probs, 0.0)
+        after = x.positions[:, None, None, :] > first  # the first token follows no copy
+        induction = jnp.where(ours & after & late & (gap % period == period - 1), probs, 0.0)
         return jnp.stack([jnp.sum(echo, axis=(0, 2)), jnp.sum(induction, axis=(0, 2))])
 
     queries = jnp.sum(x.positions >= first + period)

@@ -11,7 +11,8 @@ from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
 
 Array = jax.Array
 _SMS = 132  # of an H100 or H200; only the choice of splits depends on it
-_MAX_COLUMNS = 64
+# Queries per KV head, by (packed, head_dim 256): more would spill registers. Packed ones count per value group.
+_MAX_COLUMNS = {(False, False): 64, (False, True): 64, (True, False): 32, (True, True): 16}
 _MAX_TREE = 32
 
 
@@ -29,10 +30,9 @@ def unsupported(
     if dim not in dims:
         return f"head_dim={dim}; format {store.format!r} supports {dims}"
     copies = dim // store.group if store.format in PACKED_BITS else 1
-    if columns * copies > _MAX_COLUMNS:
-        return (
-            f"{columns} queries per KV head (group x tokens); at most {_MAX_COLUMNS // copies} are supported"
-        )
+    most = _MAX_COLUMNS[store.format in PACKED_BITS, dim == 256]
+    if columns * copies > most:
+        return f"{columns} queries per KV head (group x tokens); at most {most // copies} are supported"
     if store.format in PACKED_BITS and store.group not in (64, 128):
         return f"group={store.group}; 64 and 128 are supported"
     if mask is not None and mask.shape[2] > _MAX_TREE:

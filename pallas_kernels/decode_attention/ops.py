@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import checkify
 
 from pallas_kernels.decode_attention import gpu, gpu_limits, tpu
 from pallas_kernels.decode_attention.reference import decode_attention_xla
@@ -52,7 +53,8 @@ def decode_attention(
     """Attention of 1 to 16 new tokens a row over everything stored, their own keys and values included.
 
     Stored tokens of (row, KV head) are slots 0 .. length-1, then the residual window's valid entries. What
-    other slots hold is ignored, NaN included. A query sees a stored token if
+    slots from the length on hold is ignored, NaN included; those below it must be finite, also where their
+    position is -1. A query sees a stored token if
 
       - its position is >= 0 (given `positions`), and
       - position <= the query's position (given `q_positions`), and position > the query's - window, and
@@ -84,6 +86,7 @@ def decode_attention(
 
     Raises:
       ValueError: shapes, dtypes, formats or layouts that do not fit, or an `implementation` that cannot run.
+      checkify.JaxRuntimeError: under `checkify.checkify`, lengths, pages or blocks out of range.
     """
     _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size)
     args = dict(
@@ -91,6 +94,7 @@ def decode_attention(
         window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
         return_mass=return_mass,
     )  # fmt: skip
+    _debug_checks(kv, lengths, table, blocks, block_size)
     layout = dict(table=table, blocks=blocks, block_size=block_size)
     reasons = {
         "mosaic_gpu": require_hopper()
@@ -111,6 +115,22 @@ def decode_attention(
     if not (return_lse or return_mass):
         return out
     return DecodeOut(out, lse if return_lse else None, mass)
+
+
+def _debug_checks(kv, lengths, table, blocks, block_size) -> None:
+    """Checks of values, which cost nothing unless the caller's function runs under `checkify.checkify`."""
+    slots = kv.slots * (1 if table is None else table.shape[2])
+    full = (lengths >= 0) & (lengths <= slots)
+    checkify.debug_check(full.all(), f"{_OP}: lengths outside 0 to {slots} slots")
+    if table is not None:
+        used = jnp.arange(table.shape[2]) * kv.slots < lengths[..., None]
+        known = (table >= 0) & (table < kv.k.shape[0])
+        checkify.debug_check(
+            (known | ~used).all(), f"{_OP}: table names pages outside the pool's {kv.k.shape[0]}"
+        )
+    if blocks is not None:
+        known = (blocks >= -1) & (blocks < slots // block_size)
+        checkify.debug_check(known.all(), f"{_OP}: blocks outside the {slots // block_size} of a row")
 
 
 def _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size) -> None:

@@ -117,7 +117,7 @@ def test_gates_of_one_give_the_full_model_and_training_lowers_them():
     ones = jnp.ones((shape.layers, shape.kv_heads))
     np.testing.assert_allclose(run(duo.gated(ones, 4, 16)), full, atol=1e-5)
     assert np.abs(np.asarray(run(duo.gated(0 * ones, 4, 16))) - full).max() > 1e-2
-    got = duo.gates(session(), 3, 128, lambda n: None, sink=4, recent=16)["duo"]
+    got = duo.gates(session(), 3, 320, lambda n: None, sink=4, recent=16)["duo"]
     assert got.shape == ones.shape and (got <= 1).all() and (got >= 0.9).all() and got.min() < 0.99
 
 

@@ -224,6 +224,39 @@ def test_preference_is_entropy_times_variance():
         np.testing.assert_allclose(got[row], entropy ** (1 / 1.6) * variance ** (1 / 0.5), rtol=1e-4)
 
 
+def test_cake_cascading_by_hand_keeps_the_same_entries():
+    """Shrinking earlier layers after each layer, as the authors do, ends with the one-shot sets."""
+    preference = np.array([3.0, 1.0, 0.5, 2.0])
+    made = [scores_of(i) for i in range(L)]
+    keep, window, n = 16, 4, LENGTHS[0]
+    free = [np.where(s[0] < PROTECTED, s[0], -np.inf) for s, _ in made]
+    kept = []
+    for seen in range(
+        1, L + 1
+    ):  # layer `seen - 1` has just been scored; the budget of all layers is shared so far
+        share = preference[:seen] / preference[:seen].sum() * (keep - window) * L
+        sizes = np.minimum(share.astype(int), n - window)
+        kept.append(np.argsort(-free[seen - 1], axis=-1)[:, : sizes[-1]])
+        kept = [k[:, :size] for k, size in zip(kept, sizes)]
+    got = (
+        model_counts(layers.Preference(4), keep, [np.full(B, p, np.float32) for p in preference])[0] - window
+    )
+    for i in range(L):
+        assert abs(got[i, 0] - kept[i].shape[1]) <= 2  # what truncation leaves is handed out in one shot
+        for h in range(H):
+            ours = set(np.argsort(-free[i][h])[: got[i, h]].tolist())
+            theirs = set(kept[i][h].tolist())
+            assert ours <= theirs or theirs <= ours
+
+
+def test_cake_ceiling_bounds_the_candidates():
+    allocator = layers.Preference(4, ceiling=2)
+    assert (
+        allocator.head_capacity(10, 4096, H) == 20 and layers.Preference(4).head_capacity(10, 4096, H) == 4096
+    )
+    assert parse("cake(ceiling=2)").allocator.ceiling == 2
+
+
 def test_cake_scores_mean_and_variance():
     obs = observation(2)
     policy = parse("cake(window=4, kernel=3, gamma=200.0)")
@@ -502,6 +535,21 @@ def test_pools_never_overflow(spec):
     np.testing.assert_array_equal(held(cache), want)
 
 
+def test_fixed_roles_through_the_cache():
+    """sparsity=0.5: the two best heads hold every token, the others sinks and the window."""
+    lm, lengths = Toy(), (40, 29, 3)
+    policy = parse("duoattention(heads=((0.1, 0.9), (0.8, 0.2)), sink=2, recent=4, sparsity=0.5)")
+    plan = Plan(policy, lm.shape, 3, 40, 4, page_size=4)
+    tokens, positions = ragged(lengths, 40)
+    _, cache = engine.prefill(lm, plan, lm.init(), tokens, positions)
+    for i, full_head in enumerate((1, 0)):
+        pos = np.asarray(ops.view(plan, cache, i).pos)
+        for row, n in enumerate(lengths):
+            held = [sorted(x[x >= 0].tolist()) for x in pos[row]]
+            assert held[full_head] == list(range(n))
+            assert held[1 - full_head] == sorted({*range(min(2, n)), *range(max(n - 4, 0), n)})
+
+
 def test_a_question_after_a_shared_pool_keeps_every_layer():
     """Extending without compression re-packs all layers that share a pool, not one over the others."""
     lm = Toy(layers=4)
@@ -531,6 +579,7 @@ def test_a_question_after_a_shared_pool_keeps_every_layer():
         ("pyramidkv(beta=0)", "beta"),
         ("zigzagkv(p=0.0)", "p must be"),
         ("cake(window=1)", "window"),
+        ("cake(ceiling=0)", "ceiling"),
         ("dynamickv(rho=0)", "rho"),
         ("headkv(heads=((1, 2), (3,)))", "heads"),
         ("headkv(heads='nowhere.safetensors')", "nowhere.safetensors"),

@@ -153,6 +153,22 @@ def test_a_probe_leaves_no_trace_but_the_choice():
             np.testing.assert_array_equal(k[0, :, :24], np.asarray(full.pools[i].store["k"])[0, :, :24])
 
 
+def test_a_probe_beside_sliding_layers():
+    """Sliding layers keep their window, whatever the probe; with room for all the rest nothing changes."""
+    lm = Toy(window=6)
+    tokens, positions = ragged(LENGTHS, PROMPT)
+    logits = []
+    for spec in ("full", "kvzip(budget=48, chunk=10, overlap=2)"):
+        plan = Plan(parse(spec), lm.shape, 2, PROMPT, RESERVE)
+        _, cache = engine.prefill(lm, plan, params(), tokens, positions)
+        after, cache = steps(lm, plan, params(), cache, NEXT[:, :2])
+        pos = np.asarray(ops.view(plan, cache, 1).pos)
+        for b, n in enumerate(LENGTHS):
+            assert sorted(pos[b, 0][pos[b, 0] >= 0]) == list(range(n + 2 - 5, n + 2))
+        logits.append(np.asarray(after))
+    np.testing.assert_allclose(logits[1], logits[0], atol=2e-4, rtol=2e-4)
+
+
 def test_the_instruction_decides_and_pseudo_tokens_hardly_do():
     def kept(spec):
         cache = run(spec)[1]

@@ -50,6 +50,7 @@ SPECS = {
     "entropy_gated_chunkkv": "entropy_gated_chunkkv(snapkv(window=8), {budget}, chunk=6, reduced=3)",
     "block_keydiff": "block(keydiff(), {budget}, block=8)",
     "simlayerkv": "simlayerkv(threshold=0.6, recent={recent})",
+    "observed_attention": "h2o({budget}, recent=0, per_query=True)",
     "rerotated_knorm": "l2norm({budget})",
     "finch": "finch({budget}, window=8)",
     "finch_plain": "finch({budget}, window=8, normalize=False)",

@@ -97,7 +97,10 @@ class HeadRoles(Allocator):
             return keep
         heads = len(self.scores[0])
         full = int((self.rank[layer] < self._fixed).sum())
-        return -(-(full * length + (heads - full) * min(self.streaming, length)) // heads)
+        least = (
+            min(self.streaming, length) if isinstance(length, int) else jnp.minimum(self.streaming, length)
+        )
+        return -(-(full * length + (heads - full) * least) // heads)
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """Retrieval heads keep everything."""

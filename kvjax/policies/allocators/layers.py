@@ -70,13 +70,18 @@ class Preference(LayerCompetition):
 
     With A the attention of the last `window` queries on entries before the window: H = -sum A ln(A + 1e-10) over
     heads, queries and entries; V = sum over heads and entries of the variance of A over the queries (unbiased).
-    b_l = P_l / sum P of the budget, window excluded.
+    b_l = P_l / sum P of the budget, window excluded, at most `ceiling` times the mean (None: no limit).
     """
 
     window: int = 32
     tau1: float = 1.0
     tau2: float = 1.0
+    ceiling: int | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
+
+    def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
+        """What the ceiling allows; layers that wait for the last hold no more candidates than that."""
+        return length if self.ceiling is None else min(length, self.ceiling * keep)
 
     def measure(self, obs: Observation, scores: Array) -> Array:
         """P, f32 [batch]."""

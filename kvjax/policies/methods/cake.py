@@ -20,14 +20,16 @@ def cake(
     gamma: float = 200.0,
     tau1: float = 1.0,
     tau2: float = 1.0,
+    ceiling: int | None = None,
     evict_decode: bool | None = None,
 ) -> Policy:
     """Layers share the budget by how dispersed and how changing their attention is; entries by mean and variance.
 
     P_l = H^(1/tau1) V^(1/tau2) of the window's attention (entropy, variance over queries); b_l in proportion.
-    score = avgpool_kernel( mean_i A + gamma Var_i A ), mean over the group. The authors shrink earlier layers
-    again after each layer (cascading); here layers wait, each with the candidates that it could keep at most, and
-    are cut once, which keeps the same entries. Decoding evicts by the attention of the new query.
+    score = avgpool_kernel( mean_i A + gamma Var_i A ), mean over the group. The authors shrink earlier layers again
+    after each layer (cascading); here layers wait and are cut once, after the last, which keeps the same entries up to
+    rounding. ceiling=c bounds what waits: no layer holds or keeps more than c times the mean (chunked prefill bounds
+    it as well). Decoding evicts by the attention of the new query.
     """
     if window < 2 or kernel < 1 or kernel % 2 == 0:
         raise ValueError(
@@ -37,7 +39,11 @@ def cake(
         raise ValueError(
             f"cake: tau1 and tau2 must be positive and gamma not negative, got {tau1}, {tau2}, {gamma}"
         )
+    if ceiling is not None and ceiling < 1:
+        raise ValueError(f"cake: ceiling must be at least 1, got {ceiling}")
     own = Policy(scorer=MeanVariance(window, kernel, gamma), budget=0.5, recent=window, evict_decode=True)
     inner = scoring("cake", scorer, own)
     fields = {} if evict_decode is None else {"evict_decode": evict_decode}
-    return wrap(inner, scorer is not None, budget, allocator=Preference(window, tau1, tau2), **fields)
+    return wrap(
+        inner, scorer is not None, budget, allocator=Preference(window, tau1, tau2, ceiling), **fields
+    )

@@ -65,8 +65,12 @@ class LastQuery(Scorer):
 
 @dataclasses.dataclass(frozen=True)
 class AccumulatedAttention(Scorer):
-    """H2O's score: attention received so far, summed over all queries (arXiv 2306.14048), mean over the group."""
+    """H2O's score: attention received so far, summed over all queries (arXiv 2306.14048), mean over the group.
 
+    per_query: divided by the number of positions from the entry on, kvpress' ObservedAttention.
+    """
+
+    per_query: bool = False
     needs: ClassVar[frozenset[str]] = frozenset({"q", "mass"})
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -76,4 +80,6 @@ class AccumulatedAttention(Scorer):
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots]: the state plus this call's column mass."""
         mass = state["mass"] + obs.group(obs.column_mass())
+        if self.per_query:
+            return mass / jnp.maximum(obs.length[:, None, None] - obs.pos, 1), {"mass": mass}
         return mass, {"mass": mass}

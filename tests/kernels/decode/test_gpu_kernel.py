@@ -88,7 +88,9 @@ def test_splits_fill_the_device_without_tiny_parts():
         (dict(fmt="int8", dim=64), "head_dim=64"),
         (dict(fmt="int4", kv_group=32), "group=32"),
         (dict(group=65), "65 queries per KV head"),
+        (dict(group=17, fmt="int2"), "at most 16"),
         (dict(page=32, fmt="int8"), "page_size=32"),
+        (dict(slots=100), "100 slots"),
     ],
 )
 def test_what_the_kernel_does_not_cover_is_named(change, reason):
