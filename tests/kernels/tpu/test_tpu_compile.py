@@ -59,7 +59,7 @@ def test_packed_decode_reads_its_share_of_bf16(rows):
     full = by_name["decode_dense"]["bytes_accessed"]
     for fmt, share in (("int4", 0.30), ("int2", 0.18)):
         # At 2048 slots queries, outputs and bounds weigh in; test_tpu_dma has the exact share at 8192.
-        edge = 2 * SIZES.batch * SIZES.kv_heads * 8 * 128 * 16
+        edge = 4 * SIZES.batch * SIZES.kv_heads * 8 * 128 * 16
         assert by_name[f"decode_{fmt}"]["bytes_accessed"] <= share * full + edge, fmt
 
 
