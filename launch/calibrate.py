@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kvjax.policies import calibration
 from launch import cli
-from launch.calibration import duo, heads, queries
+from launch.calibration import codecs, duo, heads, queries
 from launch.session import Session, define_model_flags, open_session
 
 # method -> (samples, tokens of each) that make a usable file; --samples and --length replace them
@@ -31,6 +31,7 @@ SIZES = {
     "compresskv": (48, 448),
     "razorattention": (8, 1024),
     "duoattention": (200, 448),
+    **{method: (48, 2048) for method in codecs.METHODS},
 }
 
 
@@ -46,6 +47,8 @@ def measure(
         return heads.echo_induction(session, count, length, step)
     if method == "duoattention":
         return duo.gates(session, count, length, step)
+    if method in codecs.METHODS:
+        return codecs.arrays(method, session, count, length, step)
     found = heads.retrieval(session, count, length, step)
     if method == "compresskv":
         found |= heads.layer_errors(session, count, length, found["retrieval_heads"], step)

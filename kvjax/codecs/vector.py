@@ -63,9 +63,9 @@ class Vector(Quantizer):
 
     x' = back(book[code] of every group) + mean, code = argmin |y_group - codeword|^2 with y = (x - mean) @ into.
     sizes: channels of each group in the mapped order; a calibration file has its own for every layer, so that
-    directions that matter get more codes. rate: mean bits per element, one of the file's. calibration:
-    path, or name of a shipped file; '' means codebooks of
-    a standard Gaussian and no map (tests, and models without a calibration), for groups of `couple` channels.
+    directions that matter get more codes. rate: mean bits per element, one of the file's. calibration: path, or
+    name of a shipped file; '' means codebooks of a standard Gaussian and no map (tests, and models without a
+    calibration), for groups of `couple` channels.
     """
 
     bits: int = 8

@@ -212,7 +212,7 @@ class LowRank(Wrapper):
     def decode(self, store: Store, dim: int, ctx: Context = NO_CONTEXT) -> Array:
         """See the class."""
         dense = self.inner.decode(_strip("dense_", store), dim, enter(ctx, "dense_"))
-        b, h, n, d = dense.shape
+        b, h, n = dense.shape[:3]
         a = store["a"].astype(jnp.float32).reshape(b, h, n // self.tokens, self.tokens, self.rank)
         low = a @ jnp.swapaxes(store["b"].astype(jnp.float32), -1, -2)
         return dense + low.reshape(dense.shape)
