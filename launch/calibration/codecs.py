@@ -44,7 +44,7 @@ def arrays(
 ) -> dict[str, np.ndarray]:
     """The calibration arrays of a codec `method`, from `count` texts of `length` tokens."""
     texts = [_text(session, length, i) for i in range(count)]
-    samples = collect(session.lm, session.params, texts, min(KEEP, length // 2))
+    samples = collect(session.lm, session.model.params, texts, min(KEEP, length // 2))
     step(count)
     if method == "cq":
         return vector_codes(samples, RATES)
