@@ -39,7 +39,11 @@ def decoded(plan: Plan, cache: KVCache, i: int, inv_freq: Array | None) -> tuple
     codec, res = plan.layers[i].policy.codec, cache.layers[i].residual
     pos, late = positions(plan, cache, i)
     store = ops.view(plan, cache, i).store
-    k, v = codec.decode(store, plan.shape.dtype, ops.context(plan, i, pos, inv_freq))
+    ctx = ops.context(plan, i, pos, inv_freq)
+    if codec.predicts:
+        slots = jnp.broadcast_to(jnp.arange(pos.shape[2]), pos.shape)
+        ctx = ctx.replace(previous=previous(plan, cache, i, slots, pos, inv_freq))
+    k, v = codec.decode(store, plan.shape.dtype, ctx)
     # Slots that nothing was written to may decode to anything; attention masks them, but NaN would survive that.
     k, v = (jnp.where((pos >= 0)[..., None], x, 0) for x in (k, v))
     return (
@@ -49,10 +53,24 @@ def decoded(plan: Plan, cache: KVCache, i: int, inv_freq: Array | None) -> tuple
     )
 
 
-def _encode(plan: Plan, i: int, part: View, inv_freq: Array | None) -> dict[str, Array]:
-    """Fields of whole groups; `part.store` holds k and v."""
+def previous(
+    plan: Plan, cache: KVCache, i: int, slots: Array, pos: Array, inv_freq: Array | None
+) -> tuple[Array, Array]:
+    """Keys and values of slots int32 [batch, kv_heads, n] of the layer before, as that layer decodes them."""
+    store = cache.pools[plan.layers[i - 1].pool].store
+    part = {name: ops.take_slots(x, slots) for name, x in store.items()}
+    codec = plan.layers[i - 1].policy.codec
+    return codec.decode(part, plan.shape.dtype, ops.context(plan, i - 1, pos, inv_freq))
+
+
+def _encode(
+    plan: Plan, cache: KVCache, i: int, part: View, slots: Array, inv_freq: Array | None
+) -> dict[str, Array]:
+    """Fields of whole groups, to be stored at `slots`; `part.store` holds k and v."""
     with jax.named_scope("quantize"):
         ctx = ops.context(plan, i, part.pos, inv_freq, part.slot_state.get("saliency"))
+        if plan.layers[i].policy.codec.predicts:
+            ctx = ctx.replace(previous=previous(plan, cache, i, slots, part.pos, inv_freq))
         return plan.layers[i].policy.codec.encode(part.store["k"], part.store["v"], ctx)
 
 
@@ -96,7 +114,8 @@ def rebuild(
     layer = layer.replace(fill=encoded, next_slot=encoded, limit=limit, residual=residual)
     specs = plan.pool_specs[lp.pool]
     stored = jnp.where(jnp.arange(part.pos.shape[2]) < encoded[..., None], part.pos, -1)
-    new = Pool(_encode(plan, i, part, inv_freq), None if lp.implied else stored, {})
+    slots = jnp.broadcast_to(jnp.arange(part.pos.shape[2]), part.pos.shape)
+    new = Pool(_encode(plan, cache, i, part, slots, inv_freq), None if lp.implied else stored, {})
     if layer.table is None:
         fitted = jax.tree.map(ops.fit, specs, new, is_leaf=arrays.is_spec)
         return cache.put(i, layer, lp.pool, ops.constrain_pool(plan, i, fitted)), 0
@@ -115,7 +134,7 @@ def _write(
     slots = jnp.where(place < count[..., None], layer.fill[..., None] + place, -1)
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     store = dict(pool.store)
-    for name, value in _encode(plan, i, part, inv_freq).items():
+    for name, value in _encode(plan, cache, i, part, slots, inv_freq).items():
         store[name] = ops.scatter(plan, i, layer, store[name], slots, value, fields[name])
     pos = None if lp.implied else ops.scatter(plan, i, layer, pool.pos, slots, part.pos)
     fill = layer.fill + count

@@ -34,7 +34,7 @@ def context(plan: Plan, i: int, pos: Array, inv_freq: Array | None, saliency: Ar
     """What layer i's codec may look at for slots at positions `pos` int32 [batch, kv_heads, n]."""
     const = plan.layers[i].policy.codec.constants(i, plan.shape)
     arrays_of = {n: jnp.asarray(x) for n, x in const.items()}
-    return Context(pos, inv_freq, saliency, arrays_of, plan.shape.head_dim)
+    return Context(pos, inv_freq, saliency, arrays_of, head_dim=plan.shape.head_dim)
 
 
 def take_slots(x: Array, index: Array, fill: float = 0) -> Array:

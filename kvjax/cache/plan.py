@@ -82,6 +82,11 @@ class Plan:
             raise ValueError(
                 f"{self.policy.name}: rerotate needs full attention in every layer; this model has sliding windows"
             )
+        if self.policy.compresses and codec.for_layer(1, self.shape).predicts:
+            raise ValueError(
+                f"{self.policy.name}: a codec that predicts a layer from the one before needs the same tokens in both; "
+                "it does not compose with methods that evict"
+            )
         codec.check(self.shape)
         if self.policy.compresses:
             self.policy.allocator.check(self.shape)

@@ -57,6 +57,11 @@ def stored_attention(
         out, lse, mass = codec.unrotate_out(part.out), part.lse, None
     else:
         slots = plan.layers[i].capacity if layer.table is None else plan.page(codec)
+        before = None
+        if codec.predicts:
+            known = ops.context(plan, i - 1, None, x.inv_freq)
+            last = plan.layers[i - 1]
+            before = (last.policy.codec, cache.pools[last.pool].store, known)
         out, lse, mass = blocked_attention(
             x.q,
             codec,
@@ -70,6 +75,7 @@ def stored_attention(
             scale=x.scale,
             softcap=x.softcap,
             return_mass=return_mass,
+            before=before,
         )
     if res is None:
         return out.astype(x.q.dtype), mass

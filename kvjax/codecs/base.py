@@ -49,6 +49,9 @@ class Context:
     const: dict[str, Any] = struct.field(
         default_factory=dict
     )  # this layer's calibration, [kv_heads, ...] each
+    previous: tuple[Array, Array] | None = (
+        None  # the same slots of the layer before, decoded (`Codec.predicts`)
+    )
     head_dim: int = struct.field(pytree_node=False, default=0)
 
 
@@ -62,6 +65,7 @@ class Codec:
     residual: int = 0  # newest entries that wait in model dtype
     sink: int = 0  # first entries that stay in model dtype
     scorer: Any = None  # a Scorer whose scores of a prompt become `Context.saliency`
+    predicts: bool = False  # needs `Context.previous`: the slots of the layer before must be this layer's
     rotates: bool = False  # the fused kernel works on rotated channels: see `rotate_query`
 
     @property

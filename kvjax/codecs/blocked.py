@@ -31,11 +31,13 @@ def blocked_attention(
     softcap: float | None = None,
     return_mass: bool = False,
     tile: int = TILE,
+    before: tuple[Codec, dict[str, Array], Context] | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass f32 or None).
 
     mass [batch, q_heads, slots of a head]: probability of each slot, summed over the tokens, normalised by the
-    slots seen here. Tokens that see nothing give output 0 and lse -inf.
+    slots seen here. Tokens that see nothing give output 0 and lse -inf. before: codec, fields and context of the
+    layer before, for codecs that predict from it (Dense).
     """
     batch, q_heads, tokens, dim = q.shape
     kv_heads = lengths.shape[1]
@@ -47,8 +49,7 @@ def blocked_attention(
     tile = min(max(tile // unit, 1) * unit, total)
     grouped = q.reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim)
 
-    def fetch(name: str, start: Array) -> Array:
-        x, field = store[name], fields[name]
+    def fetch(x: Array, field: Field, start: Array) -> Array:
         axis = 2 + len(field.before)
         if table is None:
             return jax.lax.dynamic_slice_in_dim(x, start // field.per, tile // field.per, axis=axis)
@@ -62,14 +63,20 @@ def blocked_attention(
         start = jnp.minimum(i * tile, total - tile)
         ids = start + jnp.arange(tile, dtype=jnp.int32)
         seen = (ids < lengths[..., None]) & (ids >= i * tile)
-        part = {name: fetch(name, start) for name in store}
+        part = {name: fetch(x, fields[name], start) for name, x in store.items()}
         where = part.pop("pos", None)
         if where is None:
             where = jnp.broadcast_to(codec.sink + ids, seen.shape)
         else:
             seen &= where >= 0
         with jax.named_scope("decode_tile"):
-            k, v = codec.decode(part, dtype, ctx.replace(pos=where))
+            here = ctx.replace(pos=where)
+            if before is not None:
+                other, stored, known = before
+                kinds = other.fields(dim, dtype)
+                past = {name: fetch(x, kinds[name], start) for name, x in stored.items()}
+                here = here.replace(previous=other.decode(past, dtype, known.replace(pos=where)))
+            k, v = codec.decode(part, dtype, here)
         logits = jnp.einsum("bhrd,bhnd->bhrn", grouped, k, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
