@@ -16,6 +16,7 @@ from kvjax import attend
 from kvjax.cache import ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, View
+from kvjax.compress import finish, keep_best, layer_keep, tokens_seen
 from kvjax.policies.base import Policy
 from kvjax.sharded_kernels import prefill_attention
 from kvjax.types import Array, AttendFn, AttentionInputs
@@ -66,7 +67,7 @@ def prefill(
         return store(x, c)
 
     hidden, scratch = lm.hidden(params, tokens, positions, scratch, fn)
-    scratch = attend.finish(whole, scratch, positions)
+    scratch = finish(whole, scratch, positions)
 
     passes = plan.policy.probe.passes(tokens, positions)
     layers = tuple(_start(plan, cache, whole, i) for i in range(plan.shape.layers))
@@ -81,7 +82,7 @@ def prefill(
         layers, _ = jax.lax.scan(one, layers, passes)
     for i, scored in enumerate(layers):
         cache = _compress(plan, cache, whole, scratch, inputs[i], scored)
-    return hidden, attend.finish(plan, cache, positions)
+    return hidden, finish(plan, cache, positions)
 
 
 def _copy(plan: Plan, cache: KVCache, whole: Plan, scratch: KVCache) -> KVCache:
@@ -163,7 +164,7 @@ def _compress(
     seen = ops.view(whole, scratch, i)
     k, v = seen.store["k"], seen.store["v"]
     obs = attend.observation(plan, x, cache, k, v, seen.pos, prefilling=True)
-    obs = obs.replace(keep=attend.layer_keep(plan, i, jnp.maximum(attend.seen(cache, obs), cache.expected)))
+    obs = obs.replace(keep=layer_keep(plan, i, jnp.maximum(tokens_seen(cache, obs), cache.expected)))
     codec = policy.codec
     ctx = ops.context(plan, i, seen.pos, x.inv_freq)
     store = {"k": k, "v": v} if codec.deferred else codec.encode(k, v, ctx)
@@ -171,4 +172,4 @@ def _compress(
     scores = scored.scores
     if policy.scorer != plan.policy.scorer:
         scores = seen.pos.astype(jnp.float32)
-    return attend.keep_best(plan, cache, obs, entries, scores, compress=True, fresh=False)
+    return keep_best(plan, cache, obs, entries, scores, compress=True, fresh=False)

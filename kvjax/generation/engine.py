@@ -17,6 +17,7 @@ from kvjax import attend, probe
 from kvjax.cache import ops
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
+from kvjax.compress import finish
 from kvjax.generation.sampling import SamplingArrays, sample
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttendFn, ModelShape
@@ -78,7 +79,7 @@ def prefill(
     cache = _with_tokens(plan, cache, tokens)
     fn = attend.prefill(plan, fresh=True, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
-    cache = attend.finish(plan, cache, positions)
+    cache = finish(plan, cache, positions)
     return lm.logits(params, _last_hidden(hidden, positions)), cache
 
 
@@ -113,7 +114,7 @@ def extend(
     cache = _with_tokens(plan, cache, tokens)
     fn = attend.prefill(plan, fresh=False, compress=compress, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
-    cache = attend.finish(plan, cache, positions)
+    cache = finish(plan, cache, positions)
     return lm.logits(params, hidden if all_logits else _last_hidden(hidden, positions)), cache
 
 
@@ -130,7 +131,7 @@ def step(
     positions = jnp.where(active, cache.next_position, -1)[:, None]
     fn = attend.decode(plan, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens[:, None], positions, cache, fn)
-    cache = attend.finish(plan, cache, positions)
+    cache = finish(plan, cache, positions)
     return lm.logits(params, hidden[:, 0]), cache
 
 

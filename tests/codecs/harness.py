@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import attend
+from kvjax import attend, compress
 from kvjax.cache import deferred, ops
 from kvjax.cache.plan import Plan
 from kvjax.policies import parse
@@ -69,7 +69,7 @@ class Layer:
             def call(x, cache):
                 fn = attend.decode(plan) if fresh is None else attend.prefill(plan, fresh=fresh)
                 out, cache = fn(x, cache)
-                return out, attend.finish(plan, cache, x.positions)
+                return out, compress.finish(plan, cache, x.positions)
 
             return jax.jit(call)
 

@@ -227,7 +227,7 @@ def test_positions_past_32768():
         length=jnp.full(2, shift, jnp.int32), next_position=jnp.full(2, shift, jnp.int32)
     )
     _hidden, cache = LM.hidden(PARAMS, jnp.asarray(tokens), jnp.asarray(far_positions), cache, fn)
-    far = engine.attend.finish(plan, cache, jnp.asarray(far_positions))
+    far = engine.finish(plan, cache, jnp.asarray(far_positions))
     for layer in range(LM.layers):
         a, b = (np.asarray(ops.view(plan, c, layer).pos) for c in (near, far))
         np.testing.assert_array_equal(np.where(a >= 0, a + shift, -1), b)

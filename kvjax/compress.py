@@ -1,0 +1,289 @@
+"""From attention to storage: score, allocate, select, reduce and store the candidates of a layer.
+
+`store` handles one layer of a prefill or extend call, `evict_step` one layer of a decode step, and `finish` closes a
+call: it compacts the layers that had to wait for each other and counts the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvjax.cache import deferred, ops
+from kvjax.cache.plan import Plan
+from kvjax.cache.state import KVCache, Pool, View
+from kvjax.policies.base import Policy, Tokens
+from kvjax.policies.observation import NEG, Observation
+from kvjax.types import Array
+
+
+def _rebuild(
+    plan: Plan,
+    cache: KVCache,
+    obs: Observation,
+    entries: View,
+    index: Array,
+    limit: Array,
+    pool: Pool | None = None,
+    first_page: Array | int = 0,
+) -> tuple[KVCache, Array | int]:
+    i = obs.layer
+    if not plan.layers[i].policy.codec.deferred:
+        return ops.rebuild(plan, cache, i, entries, index, limit, pool, first_page)
+    return deferred.rebuild(plan, cache, i, entries, index, limit, pool, first_page, obs.inv_freq)
+
+
+@struct.dataclass
+class Pending:
+    """A scored layer before compaction."""
+
+    entries: View
+    scores: Array  # f32 [batch, kv_heads, slots], protected
+    obs: Observation
+    stats: Any = None  # what the allocator measured
+    counts: Array | None = None  # int32 [batch, kv_heads] when they are known already
+    limit: Array | None = None  # int32 [batch, kv_heads], with `counts`
+
+
+def store(
+    plan: Plan, cache: KVCache, obs: Observation, entries: View, *, compress: bool, fresh: bool
+) -> KVCache:
+    """Score, allocate, select, reduce and store the candidates of one layer."""
+    i = obs.layer
+    lp, policy, limit = plan.layers[i], plan.layers[i].policy, cache.layers[i].limit
+    if not policy.compresses or (fresh and not compress and not lp.fixed_limit):
+        places = entries.pos.shape[2] if policy.codec.deferred else min(lp.capacity, entries.pos.shape[2])
+        index = ops.all_entries(entries.pos >= 0, places)
+        if lp.shares_pool:
+            held = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
+            scores = jnp.where(entries.pos >= 0, entries.pos, NEG).astype(jnp.float32)
+            return _wait(cache, Pending(entries, scores, obs, counts=held, limit=limit))
+        return _rebuild(plan, cache, obs, entries, index, limit)[0]
+    assert policy.scorer is not None
+    length = jnp.maximum(tokens_seen(cache, obs), cache.expected)
+    obs = obs.replace(keep=layer_keep(plan, i, length) if compress else limit.max(1))
+    with jax.named_scope("score"):
+        state = {n: x for n, x in entries.slot_state.items() if n != "saliency"}
+        scores, state = policy.scorer.score(obs, state)
+        if "saliency" in entries.slot_state:
+            state = {**state, "saliency": entries.slot_state["saliency"]}
+    entries = entries.replace(slot_state=state)
+    return keep_best(plan, cache, obs, entries, scores, compress=compress, fresh=fresh)
+
+
+def tokens_seen(cache: KVCache, obs: Observation) -> Array:
+    """True number of tokens seen, this call included; int32 [batch]."""
+    return obs.length + cache.length - cache.next_position
+
+
+def keep_best(
+    plan: Plan, cache: KVCache, obs: Observation, entries: View, scores: Array, *, compress: bool, fresh: bool
+) -> KVCache:
+    """Protect, allocate, select, reduce and store the scored candidates of layer `obs.layer`.
+
+    Layers that share a pool wait for `finish`.
+    """
+    i = obs.layer
+    lp, policy, limit = plan.layers[i], plan.layers[i].policy, cache.layers[i].limit
+    scores = policy.protect(scores, entries.pos, obs.length)
+    cache, scores = _share(policy, cache, i, scores)
+    length = tokens_seen(cache, obs)
+    if compress:
+        cache = cache.replace(compressed=length)
+    if compress and lp.shares_pool:
+        with jax.named_scope("allocate"):
+            stats = policy.allocator.measure(obs, scores)
+        return _wait(cache, _shortlist(plan, Pending(entries, scores, obs, stats)))
+    with jax.named_scope("allocate"):
+        if compress:
+            counts = _counts(plan, obs, scores, entries.pos >= 0, jnp.maximum(length, cache.expected))
+            limit = _limit(plan, i, counts, length)
+        else:
+            # Heads of different sizes keep theirs: a common size would overflow the pool.
+            if lp.fixed_limit and policy.room is None and (fresh or not lp.ragged):
+                limit = jnp.full_like(limit, policy.budget if lp.ragged else lp.keep_capacity)
+            counts = limit
+    pending = Pending(entries, scores, obs, counts=counts, limit=limit)
+    if lp.shares_pool:
+        return _wait(cache, pending)
+    return _compact(plan, cache, pending, counts, limit)[0]
+
+
+def _share(policy: Policy, cache: KVCache, i: int, scores: Array) -> tuple[KVCache, Array]:
+    """Scores of the first layer of a group instead of its own, where the selection reuses them."""
+    group = policy.selection.reuse
+    if group == 1:
+        return cache, scores
+    if i % group == 0 or cache.shared is None:
+        return cache.replace(shared=scores), scores
+    if cache.shared.shape != scores.shape:
+        raise ValueError(f"{policy.name}: layers that share a choice need equal numbers of entries")
+    return cache, jnp.where(scores > -jnp.inf, cache.shared, scores)
+
+
+def layer_keep(plan: Plan, i: int, length: Array) -> Array:
+    """int32 [batch]: mean entries per head of layer i for prompts of `length` tokens."""
+    policy = plan.layers[i].policy
+    keep = policy.keep_counts(length, plan.prompt)
+    return policy.allocator.layer_keep(i, plan.shape.layers, keep, length)
+
+
+def _wait(cache: KVCache, pending: Pending) -> KVCache:
+    return cache.replace(pending=(*cache.pending, pending))
+
+
+def _shortlist(plan: Plan, pending: Pending) -> Pending:
+    """Only the candidates that the layer could keep at most, so that waiting layers hold no more than those."""
+    lp, slots = plan.layers[pending.obs.layer], pending.scores.shape[2]
+    policy = lp.policy
+    changed = policy.reducer.merges or policy.rerotate  # then the original keys are needed
+    plain = type(policy.selection) is Tokens and not changed and policy.codec.group == 1
+    if not plain or lp.keep_capacity >= slots:
+        return pending
+    entries = pending.entries
+    full = jnp.full(pending.scores.shape[:2], lp.keep_capacity)
+    index = policy.selection.select(pending.scores, entries.pos >= 0, full, lp.keep_capacity)
+    return pending.replace(
+        entries=View(
+            store={n: ops.take_slots(x, index) for n, x in entries.store.items()},
+            pos=ops.take_slots(entries.pos, index, fill=-1),
+            slot_state={n: ops.take_slots(x, index) for n, x in entries.slot_state.items()},
+        ),
+        scores=ops.take_slots(pending.scores, index, fill=-jnp.inf),
+    )
+
+
+def _counts(plan: Plan, obs: Observation, scores: Array, valid: Array, length: Array) -> Array:
+    i, layers, policy = obs.layer, plan.shape.layers, plan.layers[obs.layer].policy
+    keep = obs.need("keep")
+    stats = policy.allocator.measure(obs, scores)
+    counts = policy.allocator.layer_counts(scores, valid, keep, i, layers, length, stats)
+    return _unless_idle(obs, counts, valid)
+
+
+def _unless_idle(obs: Observation, counts: Array, valid: Array) -> Array:
+    """A row without tokens in this call has nothing to measure by: it keeps what it holds."""
+    held = jnp.sum(valid, axis=-1, dtype=jnp.int32)
+    return jnp.where((obs.tokens > 0)[:, None], counts, held)
+
+
+def _limit(plan: Plan, i: int, counts: Array, length: Array) -> Array:
+    """Most entries per head while decoding: what the prompt kept, or the whole budget if the prompt was short."""
+    lp = plan.layers[i]
+    room = 0 if lp.policy.room is None else lp.policy.room.slots
+    if not lp.fixed_limit or room:
+        return counts + room
+    if not lp.ragged:
+        return jnp.full_like(counts, lp.keep_capacity)
+    budget = jnp.asarray(lp.policy.budget, jnp.int32)
+    return jnp.where((length >= budget)[:, None], counts, budget)
+
+
+def _compact(
+    plan: Plan,
+    cache: KVCache,
+    pending: Pending,
+    counts: Array,
+    limit: Array,
+    pool: Pool | None = None,
+    first_page: Array | int = 0,
+) -> tuple[KVCache, Array | int]:
+    """Keep the best `counts` entries of every head of one layer."""
+    entries, scores, obs = pending.entries, pending.scores, pending.obs
+    lp, policy = plan.layers[obs.layer], plan.layers[obs.layer].policy
+    with jax.named_scope("compact"):
+        slots = entries.pos.shape[2]
+        places = lp.keep_capacity + (0 if policy.room is None else policy.room.slots)
+        counts = jnp.minimum(counts, jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32))
+        index = policy.selection.select(scores, entries.pos >= 0, counts, min(places, slots))
+        if policy.reducer.merges or policy.rerotate:
+            if policy.reducer.merges:
+                k, v, state = policy.reducer.apply(obs, index, scores, entries.slot_state)
+            else:
+                k, v, state = ops.take_slots(obs.k, index), ops.take_slots(obs.v, index), None
+            if state is None:
+                state = {n: ops.take_slots(s, index) for n, s in entries.slot_state.items()}
+            pos, codec = ops.take_slots(entries.pos, index, fill=-1), policy.codec
+            if policy.rerotate:
+                rank = jnp.where(pos >= 0, jnp.arange(pos.shape[2], dtype=jnp.int32), -1)
+                k, pos = obs.rotate(k, rank - pos), rank
+                cache = cache.replace(moved=jnp.max(rank, axis=(1, 2)) + 1)
+            entries = View(
+                store={"k": k.astype(plan.shape.dtype), "v": v.astype(plan.shape.dtype)}
+                if codec.deferred
+                else codec.encode(k, v, ops.context(plan, obs.layer, pos, obs.inv_freq)),
+                pos=pos,
+                slot_state=state,
+            )
+            index = jnp.where(index < slots, jnp.arange(index.shape[2]), index.shape[2])
+        return _rebuild(plan, cache, obs, entries, index, limit, pool, first_page)
+
+
+def evict_step(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> KVCache:
+    """Bring layer `obs.layer` back to its limit: one entry per step, or a compaction every `interval` steps."""
+    i = obs.layer
+    policy, limit = plan.layers[i].policy, cache.layers[i].limit
+    if policy.room is not None:
+        limit = limit - policy.room.missing(obs.need("steps"))[:, None]
+    scorer = policy.scorer
+    assert scorer is not None
+
+    def scored() -> tuple[Array, dict[str, Array]]:
+        scores, state = scorer.score(obs, entries.slot_state)
+        return policy.protect(scores, entries.pos, obs.length), state
+
+    if policy.interval == 1 and not policy.rerotate:
+        scores, state = scored()
+        return ops.evict_one(plan, ops.write_slot_state(plan, cache, i, state), i, scores, limit)
+    fill = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
+    due = jnp.any(fill >= limit + policy.interval, axis=1)
+    moved = jnp.where(due, jnp.max(limit, axis=1), obs.length)
+    # Scores with state are due every step; others only when something leaves.
+    scores, state = scored() if entries.slot_state else (None, {})
+
+    def compact(cache: KVCache) -> KVCache:
+        ranked = scored()[0] if scores is None else scores
+        counts = jnp.where(due[:, None], limit, fill)
+        pending = Pending(entries.replace(slot_state=state), ranked, obs)
+        done = _compact(plan, cache, pending, counts, cache.layers[i].limit)[0]
+        return done.replace(moved=cache.moved)
+
+    def leave(cache: KVCache) -> KVCache:
+        return ops.write_slot_state(plan, cache, i, state)
+
+    cache = jax.lax.cond(jnp.any(due), compact, leave, cache)
+    return cache.replace(moved=moved) if policy.rerotate else cache
+
+
+def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
+    """After all layers: compact the layers that had to wait for each other, and count the tokens.
+
+    positions int32 [batch, tokens], -1 = padding.
+    """
+    new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    if cache.pending:
+        pending = cache.pending
+        policy, length = plan.layers[pending[0].obs.layer].policy, pending[0].obs.length
+        keep = policy.keep_counts(jnp.maximum(length, cache.expected), plan.prompt)
+        valid = [p.entries.pos >= 0 for p in pending]
+        counts = [p.counts for p in pending]
+        limits = [p.limit for p in pending]
+        if pending[0].counts is None:
+            with jax.named_scope("allocate"):
+                total, stats = jnp.maximum(length, cache.expected), [p.stats for p in pending]
+                counts = policy.allocator.model_counts([p.scores for p in pending], valid, keep, total, stats)
+            counts = [_unless_idle(p.obs, c, v) for p, c, v in zip(pending, counts, valid)]
+            limits = [_limit(plan, p.obs.layer, c, length) for p, c in zip(pending, counts)]
+        page: Array | int = 0
+        cache, pool = cache.replace(pending=()), None
+        for p, count, limit in zip(pending, counts, limits):
+            i = p.obs.layer
+            cache, page = _compact(plan, cache, p, count, limit, pool, page)
+            pool = cache.pools[plan.layers[i].pool]
+    following = cache.next_position + new if cache.moved is None else cache.moved
+    return cache.replace(
+        length=cache.length + new, next_position=following, token_ids=None, shared=None, moved=None
+    )
