@@ -3,7 +3,9 @@
 `JAX_PLATFORMS` in the environment wins: `JAX_PLATFORMS=cuda python -m pytest -m gpu` runs the GPU tests.
 """
 
+import gc
 import os
+import pathlib
 
 # Before jax is imported; processes that tests start inherit both. Tests compile far more than they compute, so
 # the compiler skips its expensive passes: a third less time in all.
@@ -13,6 +15,18 @@ os.environ.setdefault(
 )
 
 import jax
+import pytest
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
+
+MOST_MAPPINGS = 20_000  # Linux allows a process 65,530, and every compiled program takes some
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs():
+    """Drop compiled programs before the process runs out of memory mappings, where the compiler would crash."""
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()

@@ -244,7 +244,8 @@ def test_bytes_follow_the_budget(name):
 def test_one_compilation_per_bucket(name):
     p = policy(name)
     plan = plan_of(p)
-    run(p)
+    tokens, positions = ragged(LENGTHS, PROMPT)
+    engine.prefill(LM, plan, params(), tokens, positions)
     before = engine.prefill._cache_size()
     tokens, positions = ragged((11, 40, 3), PROMPT, seed=5)
     engine.prefill(LM, plan, params(), tokens, positions)
