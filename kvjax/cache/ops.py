@@ -228,12 +228,15 @@ def fit(spec: arrays.ArraySpec, x: Array) -> Array:
 def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array, limit: Array) -> KVCache:
     """Free the lowest-scored slot of every head of layer i that holds more than its `limit` [batch, kv_heads].
 
-    scores f32 [batch, kv_heads, slots] over the dense view. The freed slot is where the next token goes.
+    scores f32 [batch, kv_heads, slots] over the dense view; of equal ones the oldest entry leaves, wherever it
+    is stored. The freed slot is where the next token goes.
     """
     layer, j = cache.layers[i], plan.layers[i].pool
     pool = cache.pools[j]
     pos = view(plan, cache, i).pos
-    victim = jnp.argmin(jnp.where(pos >= 0, scores, jnp.inf), axis=-1).astype(jnp.int32)
+    scores = jnp.where(pos >= 0, scores, jnp.inf)
+    lowest = scores == jnp.min(scores, axis=-1, keepdims=True)
+    victim = jnp.argmin(jnp.where(lowest, pos, jnp.iinfo(jnp.int32).max), axis=-1).astype(jnp.int32)
     over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > limit
     slot = jnp.where(over, victim, -1)[..., None]
     new_pos = scatter(plan, i, layer, pool.pos, slot, jnp.full(slot.shape, -1, jnp.int32))
