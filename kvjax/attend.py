@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import compensation, deferred, ops
+from kvjax.cache import compensation, deferred, ops, selecting
 from kvjax.cache.plan import Plan
-from kvjax.cache.read import stored_attention
+from kvjax.cache.read import selected_attention, stored_attention
 from kvjax.cache.state import KVCache, View
 from kvjax.compress import evict_step, store
 from kvjax.policies.base import LOG_COUNT
@@ -76,13 +76,13 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
             out = compensation.add_counts(x, out, lse, key, value, count)
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
-            return out, _append(plan, cache, x)
+            return out, _remember(plan, _append(plan, cache, x), x)
         obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
         if codec.scorer is not None:
             with jax.named_scope("saliency"):
                 saliency = codec.scorer.score(obs, {})[0]
             entries = entries.replace(slot_state={**entries.slot_state, "saliency": saliency})
-        return out, store(plan, cache, obs, entries, compress=compress, fresh=fresh)
+        return out, _remember(plan, store(plan, cache, obs, entries, compress=compress, fresh=fresh), x)
 
     return attend
 
@@ -107,8 +107,15 @@ def _new_entries(plan: Plan, x: AttentionInputs) -> View:
 def _append(plan: Plan, cache: KVCache, x: AttentionInputs) -> KVCache:
     with jax.named_scope("append"):
         if plan.layers[x.layer].policy.codec.deferred:
-            return deferred.append(plan, cache, x.layer, x.k, x.v, x.positions, x.inv_freq, x.q)
-        return ops.append(plan, cache, x.layer, x.k, x.v, x.positions, x.inv_freq)
+            after = deferred.append(plan, cache, x.layer, x.k, x.v, x.positions, x.inv_freq, x.q)
+        else:
+            after = ops.append(plan, cache, x.layer, x.k, x.v, x.positions, x.inv_freq)
+    return selecting.append(plan, cache, after, x)
+
+
+def _remember(plan: Plan, cache: KVCache, x: AttentionInputs) -> KVCache:
+    """The cache with this layer's input, for a selector that looks one layer back."""
+    return cache.replace(hidden=x.hidden) if "before" in plan.policy.needs else cache
 
 
 def observation(
@@ -151,6 +158,9 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         with jax.named_scope("decode_attention"):
             if compensation.counts_slots(plan, i):
                 result = compensation.stored_attention(plan, cache, x, implementation=implementation), None
+            elif selecting.active(plan, i):
+                out, cache = selected_attention(plan, cache, x, implementation=implementation)
+                result = out, None
             else:
                 result = stored_attention(
                     plan, cache, x, return_mass=want_mass, implementation=implementation
@@ -158,7 +168,7 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
         out, mass = result
         out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:
-            return out, cache
+            return out, _remember(plan, cache, x)
         with jax.named_scope("evict"):
             entries = ops.view(plan, cache, i)
             ctx = ops.context(plan, i, entries.pos, x.inv_freq)

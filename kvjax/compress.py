@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.cache import deferred, ops
+from kvjax.cache import deferred, ops, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, View
 from kvjax.policies.base import Policy, Tokens
@@ -31,9 +31,12 @@ def _rebuild(
     first_page: Array | int = 0,
 ) -> tuple[KVCache, Array | int]:
     i = obs.layer
+    index = selecting.reorder(plan, cache, obs, index, entries.pos)
     if not plan.layers[i].policy.codec.deferred:
-        return ops.rebuild(plan, cache, i, entries, index, limit, pool, first_page)
-    return deferred.rebuild(plan, cache, i, entries, index, limit, pool, first_page, obs.inv_freq)
+        cache, page = ops.rebuild(plan, cache, i, entries, index, limit, pool, first_page)
+    else:
+        cache, page = deferred.rebuild(plan, cache, i, entries, index, limit, pool, first_page, obs.inv_freq)
+    return selecting.build(plan, cache, obs), page
 
 
 @struct.dataclass
@@ -285,5 +288,10 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
             pool = cache.pools[plan.layers[i].pool]
     following = cache.next_position + new if cache.moved is None else cache.moved
     return cache.replace(
-        length=cache.length + new, next_position=following, token_ids=None, shared=None, moved=None
+        length=cache.length + new,
+        next_position=following,
+        token_ids=None,
+        hidden=None,
+        shared=None,
+        moved=None,
     )

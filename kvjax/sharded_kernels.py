@@ -71,6 +71,15 @@ def decode_attention(
     return decode_op.DecodeOut(out[0], lse, out[-1] if static.get("return_mass") else None)
 
 
+def fuses(
+    q: Array, kv: KVStore, *, lengths: Array, table: Array | None, blocks: Array, block_size: int, **options: Any
+) -> bool:
+    """True when a kernel of this platform reads such a block table itself; else chosen blocks are gathered first."""
+    if options.get("implementation") == "xla" or (table is not None and partition(*lengths.shape) is not None):
+        return False
+    return decode_op.reads_blocks(q, kv, lengths=lengths, table=table, blocks=blocks, block_size=block_size)
+
+
 def prefill_attention(
     q: Array, k: Array, v: Array, *, q_positions: Array, k_positions: Array, **options: Any
 ) -> Any:

@@ -93,6 +93,6 @@ def _read(plan: Plan, cache: KVCache, i: int, array: Array, slot: Array) -> Arra
     layer = cache.layers[i]
     if layer.table is None:
         return ops.take_slots(array, slot)
-    page = plan.page(plan.layers[i].policy.codec)
+    page = plan.page(plan.layers[i].policy)
     page_id = jnp.take_along_axis(layer.table, slot // page, axis=2)
     return array[jnp.maximum(page_id, 0), slot % page]

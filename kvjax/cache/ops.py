@@ -26,6 +26,10 @@ def empty(plan: Plan) -> KVCache:
         if lp.policy.scorer is not None and lp.policy.compresses:
             const = {k: jnp.asarray(v) for k, v in lp.policy.scorer.constants(i, plan.shape).items()}
             layer = layer.replace(const=const)
+        if lp.policy.selector is not None:
+            own = lp.policy.selector.constants(i, plan.shape)
+            const = {f"selector.{k}": jnp.asarray(v) for k, v in own.items()}
+            layer = layer.replace(const={**layer.const, **const})
         layers.append(layer)
     return cache.replace(layers=tuple(layers))
 
@@ -61,7 +65,7 @@ def view(plan: Plan, cache: KVCache, i: int) -> View:
         pages = pages.reshape(*lead, width * pages.shape[3 + before], *pages.shape[4 + before :])
         return jax.lax.slice_in_dim(pages, 0, slots, axis=2 + before)
 
-    owned = jnp.repeat(layer.table >= 0, plan.page(lp.policy.codec), axis=2)[:, :, : lp.capacity]
+    owned = jnp.repeat(layer.table >= 0, plan.page(lp.policy), axis=2)[:, :, : lp.capacity]
     used = owned & (jnp.arange(lp.capacity) < layer.fill[..., None])
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     return View(
@@ -91,7 +95,7 @@ def scatter(
         for _ in range(inner):
             put = jax.vmap(put, in_axes=(0, None, 0))
         return jax.vmap(jax.vmap(put))(array, slots, values)
-    page = plan.page(plan.layers[i].policy.codec) // field.per
+    page = plan.page(plan.layers[i].policy) // field.per
     number = slots // page
     page_id = jnp.take_along_axis(layer.table, jnp.clip(number, 0, layer.table.shape[2] - 1), axis=2)
     bad = (slots < 0) | (number >= layer.table.shape[2]) | (page_id < 0)
@@ -194,7 +198,7 @@ def hand_out_pages(
     lp, codec = plan.layers[i], plan.layers[i].policy.codec
     room = entries + (lp.policy.interval if lp.policy.evict_decode else plan.reserve)
     room = jnp.minimum(codec.encoded(room) if codec.deferred else room, lp.capacity)
-    each = -(-room // plan.page(codec))  # pages per head, int32 [batch, kv_heads]
+    each = -(-room // plan.page(lp.policy))  # pages per head, int32 [batch, kv_heads]
     ends = first_page + jnp.cumsum(each.reshape(-1)).reshape(each.shape)
     number, pages = jnp.arange(layer.table.shape[2]), next(iter(pool.store.values())).shape[0]
     table = jnp.where(number < each[..., None], (ends - each)[..., None] + number, -1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvjax.arrays import ArraySpec, nbytes
 from kvjax.cache.state import KVCache, Layer, Pool, Residual
-from kvjax.codecs.base import Codec, Plain
+from kvjax.codecs.base import Plain
 from kvjax.policies.base import LOG_COUNT, Policy, specs_of_slot_state
 from kvjax.policies.scorers.recency import Recency
 from kvjax.types import ModelShape
@@ -88,6 +88,13 @@ class Plan:
                 "it does not compose with methods that evict"
             )
         codec.check(self.shape)
+        if self.policy.selector is not None:
+            self.policy.selector.check(self.shape)
+            if self.policy.selector.reorders and codec.deferred:
+                raise ValueError(
+                    f"{self.policy.name}: {type(self.policy.selector).__name__} moves entries to other slots, which a "
+                    "codec that encodes groups behind a window cannot follow; use int8, fp8 or the model's dtype"
+                )
         if self.policy.compresses:
             self.policy.allocator.check(self.shape)
             self._check_parts()
@@ -102,6 +109,8 @@ class Plan:
                 f"{policy.name}: a token that stands for many needs a codec of single tokens (the model's dtype, int8, "
                 "fp8) and no eviction while decoding"
             )
+        if counted and policy.selector is not None:
+            raise ValueError(f"{policy.name}: a token that stands for many does not compose with a selector")
         alloc = policy.allocator
         if policy.evict_decode and policy.spare > 1 and alloc.ragged and alloc.scope == "model":
             raise ValueError(
@@ -133,38 +142,69 @@ class Plan:
             codec = Plain() if policy.codec.deferred else policy.codec
             policy = Policy(policy.name, Recency(), codec=codec, budget=keep, evict_decode=True)
         codec = policy.codec.for_layer(i, self.shape)
-        policy = dataclasses.replace(policy, codec=codec)
+        selector = policy.selector
+        if selector is not None and i < selector.skip_layers:
+            selector = None
+        policy = dataclasses.replace(policy, codec=codec, selector=selector)
         if not policy.compresses:
-            return LayerPlan(policy, self._slots(codec, total), self.prompt)
+            return LayerPlan(policy, self._slots(policy, total), self.prompt)
         alloc, mean = policy.allocator, policy.keep(self.prompt)
         if isinstance(policy.budget, int) and policy.evict_decode:
             mean = min(policy.budget, total)
         keep = int(alloc.layer_keep(i, self.shape.layers, mean, self.prompt))
         grow = policy.spare if policy.evict_decode else self.reserve
         if not alloc.ragged:
-            return LayerPlan(policy, self._slots(codec, min(keep + grow, total)), min(keep, total))
-        heads, page = self.shape.kv_heads, self.page(codec)
+            return LayerPlan(policy, self._slots(policy, min(keep + grow, total)), min(keep, total))
+        heads, page = self.shape.kv_heads, self.page(policy)
         head = min(int(alloc.head_capacity(keep, self.prompt, heads)), total)
         if isinstance(policy.budget, int) and policy.evict_decode:
             head = max(head, mean)  # a row shorter than the budget grows up to it
-        capacity = self._slots(codec, min(head + grow, total))
+        capacity = self._slots(policy, min(head + grow, total))
         entries = int(alloc.total_capacity(keep, self.prompt, heads))
         # Every head owns whole pages: at most one page is partly filled by the prompt, then the reserve follows.
         pages = self.batch * (entries // page + heads * (1 + -(-(grow + codec.group - 1) // page)))
         pages = min(pages, self.batch * heads * -(-capacity // page))
         return LayerPlan(policy, capacity, head, True, pages)
 
-    def _slots(self, codec: Codec, entries: int) -> int:
-        """Slots that `entries` entries a head need: whole blocks of the codec, without what stays unencoded.
-
-        Also whole tiles of 8 slots: the copy engines of GPU and TPU address no less.
+    def _slots(self, policy: Policy, entries: int) -> int:
+        """Slots that `entries` entries a head need: whole blocks of the codec and of the selector, without what stays
+        unencoded. Also whole tiles of 8 slots: the copy engines of GPU and TPU address no less.
         """
-        block = math.lcm(codec.block, 8)
+        codec, block = policy.codec, math.lcm(_block(policy), 8)
         return max(1, -(-(codec.encoded(entries) if codec.deferred else entries) // block)) * block
 
-    def page(self, codec: Codec) -> int:
-        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec."""
-        return math.lcm(self.page_size, codec.block)
+    def page(self, policy: Policy) -> int:
+        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec and the selector."""
+        return math.lcm(self.page_size, _block(policy))
+
+    def block(self, i: int) -> int:
+        """Slots that a selector of layer i chooses and reads as one."""
+        return _block(self.layers[i].policy)
+
+    def choice_width(self, i: int) -> int:
+        """Most blocks that a selection of layer i names."""
+        lp, block = self.layers[i], self.block(i)
+        selector, codec = lp.policy.selector, lp.policy.codec
+        most = -(-selector.entries(lp.capacity + codec.residual + codec.sink) // block)
+        forced = -(-selector.sink // block) + -(-selector.recent // block) + 1
+        return min(max(most, forced), lp.capacity // block)
+
+    def table_width(self, i: int) -> int:
+        """Most blocks that a step of layer i reads: the choice, and what came after it where choices are kept."""
+        selector = self.layers[i].policy.selector
+        late = -(-selector.recent // self.block(i)) + 1 if selector.keeps_choice else 0
+        return self.choice_width(i) + late
+
+    def index_specs(self, i: int) -> dict[str, ArraySpec]:
+        """The index of layer i: the selector's arrays, slots read at the last step, and the choice where it is kept."""
+        lp, block = self.layers[i], self.block(i)
+        selector, lead = lp.policy.selector, (self.batch, self.shape.kv_heads)
+        slots = -(-(lp.capacity + lp.policy.codec.residual) // block) * block
+        specs = dict(selector.specs(self.batch, slots, self.shape))
+        specs["reads"] = ArraySpec(lead, "int32", LEAD)
+        if selector.keeps_choice:
+            specs["chosen"] = ArraySpec((*lead, self.choice_width(i)), "int32", (*LEAD, None), fill=-1)
+        return specs
 
     @functools.cached_property
     def pool_specs(self) -> tuple[Pool | None, ...]:
@@ -189,7 +229,7 @@ class Plan:
         axes: tuple[str, ...] = (*LEAD, "slots")
         slots = lp.capacity
         if lp.ragged:
-            lead, axes, slots = (pages,), ("pages", "page_slots"), self.page(lp.policy.codec)
+            lead, axes, slots = (pages,), ("pages", "page_slots"), self.page(lp.policy)
         # A deferred codec's entries are never scored again, so that no state follows them.
         scorer = lp.policy.scorer if lp.policy.compresses and not lp.policy.codec.deferred else None
         return Pool(
@@ -203,15 +243,27 @@ class Plan:
         head = ArraySpec((b, h), "int32", LEAD)
         table = None
         if lp.ragged:
-            width = -(-lp.capacity // self.page(lp.policy.codec))
+            width = -(-lp.capacity // self.page(lp.policy))
             table = ArraySpec((b, h, width), "int32", (*LEAD, None), fill=-1)
         const = {}
         if lp.policy.scorer is not None and lp.policy.compresses:
             for name, value in lp.policy.scorer.constants(i, self.shape).items():
                 value = np.asarray(value)
                 const[name] = ArraySpec(value.shape, value.dtype.name, (None,) * value.ndim)
+        index = None
+        if lp.policy.selector is not None:
+            index = self.index_specs(i)
+            for name, value in lp.policy.selector.constants(i, self.shape).items():
+                value = np.asarray(value)
+                const[f"selector.{name}"] = ArraySpec(value.shape, value.dtype.name, (None,) * value.ndim)
         return Layer(
-            table=table, fill=head, next_slot=head, limit=head, const=const, residual=self._residual_specs(lp)
+            table=table,
+            fill=head,
+            next_slot=head,
+            limit=head,
+            const=const,
+            residual=self._residual_specs(lp),
+            index=index,
         )
 
     def _residual_specs(self, lp: LayerPlan) -> Residual | None:
@@ -231,3 +283,8 @@ class Plan:
     def prompt_only(self) -> Plan:
         """The same plan without room for generated tokens: what the compressed prompt itself costs."""
         return dataclasses.replace(self, reserve=0)
+
+
+def _block(policy: Policy) -> int:
+    """Slots of the smallest part of a layer that is encoded, chosen and read as one."""
+    return math.lcm(policy.codec.block, 1 if policy.selector is None else policy.selector.unit)

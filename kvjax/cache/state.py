@@ -45,8 +45,9 @@ class Layer:
     fill: Array  # int32 [batch, kv_heads] occupied slots
     next_slot: Array  # int32 [batch, kv_heads] where the next entry goes: fill, or the slot evicted last
     limit: Array  # int32 [batch, kv_heads] most entries while decoding (policies that evict while decoding)
-    const: dict[str, Array]  # calibration arrays of this layer's scorer
+    const: dict[str, Array]  # calibration arrays of this layer's scorer, and 'selector.*' of its selector
     residual: Residual | None = None  # only with a deferred codec
+    index: dict[str, Array] | None = None  # only with a selector: see `kvjax.policies.selectors.base`
 
 
 @struct.dataclass
@@ -80,6 +81,7 @@ class KVCache:
 
     # Within one call only, None between calls:
     token_ids: Any = None  # int32 [batch, tokens] this call's tokens, for scorers that need them
+    hidden: Any = None  # [batch, tokens, embed] of the layer before, for selectors that need 'before'
     shared: Any = None  # scores of the first layer of a group that reuses them
     moved: Any = None  # int32 [batch] next position after keys were re-rotated in this call
 

@@ -248,6 +248,11 @@ class Policy:
                 f"{self.name}: {type(self.scorer).__name__} scores prompts only; set evict_decode=False or choose "
                 "a scorer that also works while decoding, such as h2o, tova or keydiff"
             )
+        if self.evict_decode and self.selector is not None:
+            raise ValueError(
+                f"{self.name}: {type(self.selector).__name__} chooses among entries in the order in which they were stored; "
+                "it does not compose with eviction while decoding: set evict_decode=False"
+            )
         if self.interval < 1:
             raise ValueError(f"{self.name}: interval must be at least 1 step, got {self.interval}")
         if self.interval > 1 and self.allocator.scope == "model":
@@ -283,9 +288,10 @@ class Policy:
     @property
     def needs(self) -> frozenset[str]:
         """Observation fields that a caller must supply."""
+        selector = frozenset() if self.selector is None else self.selector.needs
         if self.scorer is None:
-            return frozenset()
-        return self.scorer.needs | self.allocator.needs | self.reducer.needs
+            return selector
+        return selector | self.scorer.needs | self.allocator.needs | self.reducer.needs
 
     def __or__(self, other: Policy) -> Policy:
         """Compose; ValueError when both set the same part explicitly."""

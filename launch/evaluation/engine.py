@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import policies
+from kvjax.cache import traffic
 from kvjax.generation import engine
 from kvjax.generation.buckets import bucket
 from kvjax.generation.generator import Generator, pad_right
@@ -109,7 +110,7 @@ class ModelEngine:
         return Cost(
             cache_bytes=filled.cache_bytes,
             full_cache_bytes=filled.full_cache_bytes,
-            read_fraction=1.0,
+            read_fraction=traffic.read_fraction(filled.plan, filled.cache),
             prefill_s=filled.prefill_s,
             decode_s=filled.decode_s,
             warm=compilations() == before,

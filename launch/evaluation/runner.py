@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a batch cost, all rows together. read_fraction: share of stored entries read per step."""
+    """What a batch cost, all rows together. read_fraction: bytes that a decode step reads, of the full cache's."""
 
     cache_bytes: int
     full_cache_bytes: int

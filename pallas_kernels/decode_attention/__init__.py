@@ -1,5 +1,5 @@
 """Attention of a few new tokens over a stored cache."""
 
-from pallas_kernels.decode_attention.ops import DecodeOut, decode_attention
+from pallas_kernels.decode_attention.ops import DecodeOut, decode_attention, reads_blocks
 
-__all__ = ["DecodeOut", "decode_attention"]
+__all__ = ["DecodeOut", "decode_attention", "reads_blocks"]

@@ -117,6 +117,17 @@ def decode_attention(
     return DecodeOut(out, lse if return_lse else None, mass)
 
 
+def reads_blocks(
+    q: Array, kv: KVStore, *, lengths: Array, table: Array | None, blocks: Array, block_size: int
+) -> bool:
+    """True when a kernel (not XLA) runs here on these operands with a block table; arguments as above."""
+    layout = dict(table=table, blocks=blocks, block_size=block_size)
+    gpu_reason = require_hopper() or gpu_limits.unsupported(
+        q, kv, lengths=lengths, positions=None, mask=None, **layout
+    )
+    return gpu_reason is None or (require_platform("tpu") or tpu.unsupported(q, kv, **layout)) is None
+
+
 def _debug_checks(kv, lengths, table, blocks, block_size) -> None:
     """Checks of values, which cost nothing unless the caller's function runs under `checkify.checkify`."""
     slots = kv.slots * (1 if table is None else table.shape[2])

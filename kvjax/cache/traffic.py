@@ -1,0 +1,63 @@
+"""Bytes that one decode step reads of a cache, from what the cache holds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvjax.arrays import itembits, nbytes
+from kvjax.cache.plan import Plan
+from kvjax.cache.state import KVCache
+from kvjax.sharding import to_host
+
+
+def read_bytes(plan: Plan, cache: KVCache) -> float:
+    """Bytes of keys, values, scales and index that a decode step on this cache reads, all layers and rows together.
+
+    A layer with a selector counts what its last step read (before the first step: what it plans to read) and its index,
+    the latter divided by the steps that share a selection.
+    """
+    return sum(_layer_bytes(plan, cache, i) for i in range(plan.shape.layers))
+
+
+def read_fraction(plan: Plan, cache: KVCache) -> float:
+    """`read_bytes` over what a step on the full cache of the same tokens reads; 1.0 for the full cache."""
+    shape = plan.shape
+    tokens = to_host(cache.length).astype(np.int64)
+    full = 0.0
+    for window in shape.windows:
+        seen = tokens if window is None else np.minimum(tokens, window)
+        full += float(seen.sum()) * 2 * shape.kv_heads * shape.head_dim * itembits(shape.dtype) / 8
+    return read_bytes(plan, cache) / full if full else 1.0
+
+
+def _layer_bytes(plan: Plan, cache: KVCache, i: int) -> float:
+    lp, layer = plan.layers[i], cache.layers[i]
+    policy, shape = lp.policy, plan.shape
+    slot = policy.codec.bits_per_element(shape.head_dim, shape.dtype) * 2 * shape.head_dim / 8
+    stored = to_host(layer.fill).astype(np.int64)
+    total = 0.0
+    if layer.residual is not None:
+        waiting = to_host(layer.residual.count).astype(np.int64)
+        total += float(waiting.sum()) * 2 * shape.head_dim * itembits(shape.dtype) / 8
+    selector = policy.selector
+    if selector is None:
+        return total + float(stored.sum()) * slot
+    specs = {n: s for n, s in plan.index_specs(i).items() if n not in ("reads", "chosen")}
+    filled = float(stored.sum()) / max(1, stored.size * lp.capacity)
+    slots = lp.capacity
+    scanned = selector.scanned(specs, slots, plan.batch, shape) * min(1.0, filled)
+    read = to_host(layer.index["reads"]).astype(np.int64)
+    planned = np.vectorize(selector.entries, otypes=[np.int64])(stored)
+    block = plan.block(i)
+    planned = np.minimum(stored, -(-planned // block) * block)
+    read = np.where(read > 0, read, planned)
+    shared = selector.interval if not selector.triggered else 1
+    return total + float(read.sum()) * slot + scanned / shared
+
+
+def selector_memory(plan: Plan) -> int:
+    """Bytes of all indices, as allocated."""
+    specs = [plan.index_specs(i) for i, lp in enumerate(plan.layers) if lp.policy.selector is not None]
+    return sum(math.ceil(nbytes(s)) for s in specs)

@@ -1,0 +1,1 @@
+"""Selectors: which stored entries a decode step reads. Contract: `kvjax.policies.selectors.base`."""

@@ -1,0 +1,86 @@
+"""Selectors over pages of consecutive slots."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kvjax.arrays import ArraySpec
+from kvjax.policies.selectors.base import Call, Entries, Index, Selector, index_axes, over_group
+from kvjax.types import ModelShape
+
+Array = jax.Array
+
+
+def scatter_pages(array: Array, pages: Array, values: Array, how: str) -> Array:
+    """Combine values [batch, kv_heads, n, ...] into array [batch, kv_heads, pages, ...] at pages int32 [batch, kv_heads, n]
+    (-1 = dropped). how: 'min', 'max', 'add' or 'set'."""
+    pages = jnp.where(pages < 0, array.shape[2], pages)
+
+    def put(a: Array, p: Array, x: Array) -> Array:
+        return getattr(a.at[p], how)(x.astype(a.dtype), mode="drop")
+
+    return jax.vmap(jax.vmap(put))(array, pages, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class PageBounds(Selector):
+    """Element-wise bounds of each page's keys; score = an upper bound of q.k over the page (Quest).
+
+    index: k_min, k_max [batch, kv_heads, pages, head_dim] in the keys' dtype; score(q, page) =
+    sum_c max(q_c k_max_c, q_c k_min_c). over: how the query heads of a group share one choice, see `over_group`.
+    """
+
+    page: int = 16
+    over: str = "max"
+
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        """Slots per page."""
+        return self.page
+
+    def specs(self, batch: int, slots: int, shape: ModelShape) -> dict[str, ArraySpec]:
+        """Bounds of every page; an empty page has the empty interval."""
+        size = (batch, shape.kv_heads, slots // self.page, shape.head_dim)
+        limit = float(jnp.finfo(shape.dtype).max)
+        return {
+            "k_min": ArraySpec(size, shape.dtype, index_axes(1), fill=limit),
+            "k_max": ArraySpec(size, shape.dtype, index_axes(1), fill=-limit),
+        }
+
+    def append(self, index: Index, entries: Entries, call: Call) -> Index:
+        """Widen the bounds of the pages that got entries."""
+        pages = jnp.where(entries.slots >= 0, entries.slots // self.page, -1)
+        return {
+            "k_min": scatter_pages(index["k_min"], pages, entries.k, "min"),
+            "k_max": scatter_pages(index["k_max"], pages, entries.k, "max"),
+        }
+
+    def score(self, index: Index, call: Call) -> tuple[Array, Index]:
+        """The bound: positive channels of q times k_max plus negative ones times k_min, two matrix products."""
+        q = call.grouped.astype(index["k_max"].dtype)
+        empty = index["k_min"][..., :1] > index["k_max"][..., :1]
+        low, high = (jnp.where(empty, 0, index[n]) for n in ("k_min", "k_max"))
+        product = lambda a, b: jnp.einsum("bhgd,bhpd->bhgp", a, b, preferred_element_type=jnp.float32)  # noqa: E731
+        scores = product(jnp.maximum(q, 0), high) + product(jnp.minimum(q, 0), low)
+        return over_group(scores, self.over), index
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactTopK(Selector):
+    """The oracle: every stored key is scored. score = q.k, combined over the group; reads all keys to choose."""
+
+    over: str = "softmax_max"
+
+    def score(self, index: Index, call: Call) -> tuple[Array, Index]:
+        """Logits of every slot."""
+        entries = call.stored()
+        q, k = call.grouped, entries.k.astype(jnp.float32)
+        logits = jnp.einsum("bhgd,bhnd->bhgn", q, k, precision="highest") * call.scale
+        return over_group(logits, self.over, (entries.pos >= 0)[:, :, None]), index
+
+    def scanned(self, specs: dict[str, ArraySpec], slots: int, batch: int, shape: ModelShape) -> float:
+        """All keys."""
+        return float(batch * shape.kv_heads * slots * shape.head_dim * jnp.dtype(shape.dtype).itemsize)
