@@ -1,6 +1,7 @@
 """Measure kernels and generation on this machine, own implementations beside the peers that are installed.
 
-Suites: decode_attention, prefill_attention, observation (kernels), generate, policies (whole steps). A CPU runs small
+Suites: decode_attention, prefill_attention, observation (kernels), selection (one layer's step), generate, policies
+(whole steps). A CPU runs small
 sizes through XLA. Rows: name, shape, dtype, implementation, us, gb_per_s, tflop_per_s, fraction_of_copy, where
 the copy is a large device-to-device copy measured first, bytes read plus bytes written.
 """
@@ -32,6 +33,7 @@ SUITES = {
     "observation": "observation",
     "generate": "generate",
     "policies": "policies",
+    "selection": "selection",
 }
 _COLUMNS = (
     "name", "shape", "dtype", "implementation", "us", "gb_per_s", "tflop_per_s", "fraction_of_copy",

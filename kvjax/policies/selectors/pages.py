@@ -59,12 +59,13 @@ class PageBounds(Selector):
         }
 
     def score(self, index: Index, call: Call) -> tuple[Array, Index]:
-        """The bound: positive channels of q times k_max plus negative ones times k_min, two matrix products."""
+        """The bound: positive channels of q times k_max plus negative ones times k_min, two matrix products.
+
+        Of an empty page it is -inf: every term is a huge negative number, or 0.
+        """
         q = call.grouped.astype(index["k_max"].dtype)
-        empty = index["k_min"][..., :1] > index["k_max"][..., :1]
-        low, high = (jnp.where(empty, 0, index[n]) for n in ("k_min", "k_max"))
         product = lambda a, b: jnp.einsum("bhgd,bhpd->bhgp", a, b, preferred_element_type=jnp.float32)  # noqa: E731
-        scores = product(jnp.maximum(q, 0), high) + product(jnp.minimum(q, 0), low)
+        scores = product(jnp.maximum(q, 0), index["k_max"]) + product(jnp.minimum(q, 0), index["k_min"])
         return over_group(scores, self.over), index
 
 
