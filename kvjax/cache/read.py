@@ -39,7 +39,7 @@ def stored_attention(
 ) -> tuple[Array, Array | None]:
     """(out [batch, q_heads, tokens, head_dim] in q's dtype, mass f32 [batch, q_heads, slots] or None).
 
-    Every stored entry is visible; with `blocks` int32 [batch, kv_heads, n], ascending, only those of these blocks (of
+    Every stored entry is visible; with `blocks` int32 [batch, kv_heads, n], only those of these blocks (of
     `plan.block(i)` slots) and of the window. One fused kernel where the codec has one for its whole state; otherwise two
     partial results, of the encoded slots and of the window, merged by their log-sum-exp. return_lse: (out f32, lse f32
     [batch, q_heads, tokens]) instead.
@@ -125,6 +125,7 @@ def _whole(plan: Plan, cache: KVCache, i: int) -> _Part:
 def _chosen(plan: Plan, cache: KVCache, i: int, blocks: Array) -> _Part:
     """The chosen blocks, gathered side by side."""
     with jax.named_scope("gather"):
+        blocks = selecting.ascending(blocks)
         store, pos, lengths = selecting.gather(plan, cache, i, blocks)
     if pos is None:
         pos = plan.layers[i].policy.codec.sink + selecting.slot_numbers(blocks, plan.block(i))
@@ -156,6 +157,7 @@ def selected_attention(
 def _biased_attention(plan: Plan, cache: KVCache, x: AttentionInputs, blocks: Array) -> tuple[Array, Array]:
     """(out f32 [batch, q_heads, 1, head_dim], lse f32 [batch, q_heads, 1]) with the selector's bias on chosen slots."""
     i, codec = x.layer, plan.layers[x.layer].policy.codec
+    blocks = selecting.ascending(blocks)
     part = _chosen(plan, cache, i, blocks)
     slots = selecting.slot_numbers(blocks, plan.block(i))
     valid = jnp.arange(part.slots) < part.lengths[..., None]

@@ -144,7 +144,7 @@ def block_counts(plan: Plan, i: int, stored: Array) -> Array:
 
 
 def choose(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCache]:
-    """Blocks that this step reads: int32 [batch, kv_heads, n], ascending, -1 at the end."""
+    """Blocks that this step reads: int32 [batch, kv_heads, n], in any order, -1 at the end."""
     i = x.layer
     selector, layer = plan.layers[i].policy.selector, cache.layers[i]
     call = _call(plan, cache, x)
@@ -206,10 +206,10 @@ def _best(plan: Plan, i: int, scores: Array, fill: Array, stored: tuple[Array, A
     width = min(plan.choice_width(i), scores.shape[2])
     best, table = jax.lax.top_k(scores, width)
     keep = (jnp.arange(width) < count[..., None]) & (best > NEVER)
-    return _ascending(jnp.where(keep, table, -1))
+    return jnp.where(keep, table, -1)  # best first, so what is not kept is at the end
 
 
-def _ascending(table: Array) -> Array:
+def ascending(table: Array) -> Array:
     """Sorted, with -1 at the end."""
     table = jnp.sort(jnp.where(table < 0, np.int32(2**31 - 1), table), axis=-1)
     return jnp.where(table == 2**31 - 1, -1, table)
@@ -219,7 +219,7 @@ def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:
     """An earlier choice and the blocks of the newest entries, some of which came after it."""
     _, recent, end = (a[..., None] for a in _forced(plan, i, fill))
     newest = recent + jnp.arange(plan.table_width(i) - chosen.shape[2])
-    return _ascending(
+    return ascending(
         jnp.concatenate([jnp.where(chosen < recent, chosen, -1), jnp.where(newest < end, newest, -1)], axis=2)
     )
 
@@ -231,7 +231,8 @@ def slots_read(table: Array, fill: Array, block: int) -> Array:
 
 def gather(plan: Plan, cache: KVCache, i: int, table: Array) -> tuple[dict[str, Array], Array | None, Array]:
     """The chosen blocks of layer i side by side: fields [batch, kv_heads, n * block / per, ...], positions int32 [batch,
-    kv_heads, n * block] (None: not stored) and lengths int32 [batch, kv_heads]. Ascending blocks leave no gaps."""
+    kv_heads, n * block] (None: not stored) and lengths int32 [batch, kv_heads]. The table must ascend: then only the last
+    block has a gap."""
     lp, layer, block = plan.layers[i], cache.layers[i], plan.block(i)
     pool = cache.pools[lp.pool]
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)

@@ -35,7 +35,7 @@ SPECS = [
     "quest(read=0.05, page=64, skip_layers=0)",
     "lserve(read=0.1, skip_layers=0)",
 ]
-_STEPS = 16
+_STEPS = 64
 
 
 def loop(plan: Plan) -> Any:
@@ -79,7 +79,7 @@ def step_seconds(policy: Policy, batch: int, slots: int) -> tuple[float, float]:
     moved = traffic.read_bytes(plan, cache)
     total, cache = run(cache, q, k, v)
     spans = []
-    for _ in range(7):
+    for _ in range(5):
         jax.block_until_ready(total)
         start = time.perf_counter()
         total, cache = run(cache, q, k, v)

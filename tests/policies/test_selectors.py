@@ -66,7 +66,7 @@ def chosen_slots(plan, cache, x):
         for h in range(LM.kv_heads):
             named = np.asarray(table)[b, h]
             assert len(set(named[named >= 0])) == (named >= 0).sum()  # each block once
-            assert (np.diff(named[named >= 0]) > 0).all() and (named[(named >= 0).sum() :] == -1).all()
+            assert (named[(named >= 0).sum() :] == -1).all()
             valid = np.repeat(named >= 0, block) & (slots[b, h] < fill[b, h])
             out[b, h] = sorted(slots[b, h][valid].tolist())
     return out, cache

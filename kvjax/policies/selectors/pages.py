@@ -29,7 +29,7 @@ def scatter_pages(array: Array, pages: Array, values: Array, how: str) -> Array:
 class PageBounds(Selector):
     """Element-wise bounds of each page's keys; score = an upper bound of q.k over the page (Quest).
 
-    index: k_min, k_max [batch, kv_heads, pages, head_dim] in the keys' dtype; score(q, page) =
+    index: bounds [batch, kv_heads, pages, 2 head_dim] in the keys' dtype, k_max then -k_min; score(q, page) =
     sum_c max(q_c k_max_c, q_c k_min_c). over: how the query heads of a group share one choice, see `over_group`.
     """
 
@@ -43,29 +43,24 @@ class PageBounds(Selector):
 
     def specs(self, batch: int, slots: int, shape: ModelShape) -> dict[str, ArraySpec]:
         """Bounds of every page; an empty page has the empty interval."""
-        size = (batch, shape.kv_heads, slots // self.page, shape.head_dim)
+        size = (batch, shape.kv_heads, slots // self.page, 2 * shape.head_dim)
         limit = float(jnp.finfo(shape.dtype).max)
-        return {
-            "k_min": ArraySpec(size, shape.dtype, index_axes(1), fill=limit),
-            "k_max": ArraySpec(size, shape.dtype, index_axes(1), fill=-limit),
-        }
+        return {"bounds": ArraySpec(size, shape.dtype, index_axes(1), fill=-limit)}
 
     def append(self, index: Index, entries: Entries, call: Call) -> Index:
         """Widen the bounds of the pages that got entries."""
         pages = jnp.where(entries.slots >= 0, entries.slots // self.page, -1)
-        return {
-            "k_min": scatter_pages(index["k_min"], pages, entries.k, "min"),
-            "k_max": scatter_pages(index["k_max"], pages, entries.k, "max"),
-        }
+        ends = jnp.concatenate([entries.k, -entries.k], axis=-1)
+        return {"bounds": scatter_pages(index["bounds"], pages, ends, "max")}
 
     def score(self, index: Index, call: Call) -> tuple[Array, Index]:
-        """The bound: positive channels of q times k_max plus negative ones times k_min, two matrix products.
+        """The bound: positive channels of q times k_max plus negative ones times k_min, as one matrix product.
 
         Of an empty page it is -inf: every term is a huge negative number, or 0.
         """
-        q = call.grouped.astype(index["k_max"].dtype)
-        product = lambda a, b: jnp.einsum("bhgd,bhpd->bhgp", a, b, preferred_element_type=jnp.float32)  # noqa: E731
-        scores = product(jnp.maximum(q, 0), index["k_max"]) + product(jnp.minimum(q, 0), index["k_min"])
+        q = call.grouped
+        q = jnp.concatenate([jnp.maximum(q, 0), jnp.maximum(-q, 0)], axis=-1).astype(index["bounds"].dtype)
+        scores = jnp.einsum("bhgd,bhpd->bhgp", q, index["bounds"], preferred_element_type=jnp.float32)
         return over_group(scores, self.over), index
 
 
