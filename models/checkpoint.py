@@ -51,28 +51,37 @@ def load(source: str | Path, dtype: Any = None, sharding: ShardingFn | None = No
     None: the default device. Tensors are streamed one at a time. Raises CheckpointError (a ValueError) naming
     the path, file or tensor at fault.
     """
-    name = str(source)
-    directory = Path(source)
-    if name in embedded_names():
-        directory = EMBEDDED / name
-    elif not directory.is_dir():
-        raise CheckpointError(
-            f"{name} is neither a directory nor an embedded model; embedded: {', '.join(embedded_names())}"
-        )
-    if (directory / CONFIG_FILE).is_file():
-        config = _config_from_json(_read_json(directory / CONFIG_FILE))
-        read: Callable[..., Params] = _restore_orbax
-    elif (directory / "config.json").is_file():
-        config = read_hf_config(directory)
-        read = read_hf_params
-    else:
-        raise CheckpointError(f"{directory} has neither config.json (Hugging Face) nor {CONFIG_FILE} (Orbax)")
+    directory = _directory(source)
+    config = read_config(directory)
+    orbax = (directory / CONFIG_FILE).is_file()
+    read: Callable[..., Params] = _restore_orbax if orbax else read_hf_params
     try:
         tokenizer = load_tokenizer(directory, _special_ids(directory, config))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     params = read(directory, config, jnp.dtype(dtype or config.dtype), sharding)
     return Model(config, params, tokenizer, directory.name, fingerprint(config, params), directory)
+
+
+def _directory(source: str | Path) -> Path:
+    name = str(source)
+    if name in embedded_names():
+        return EMBEDDED / name
+    if not Path(source).is_dir():
+        raise CheckpointError(
+            f"{name} is neither a directory nor an embedded model; embedded: {', '.join(embedded_names())}"
+        )
+    return Path(source)
+
+
+def read_config(source: str | Path) -> ModelConfig:
+    """The configuration of what `load` would load, without the weights. Raises CheckpointError."""
+    directory = _directory(source)
+    if (directory / CONFIG_FILE).is_file():
+        return _config_from_json(_read_json(directory / CONFIG_FILE))
+    if (directory / "config.json").is_file():
+        return read_hf_config(directory)
+    raise CheckpointError(f"{directory} has neither config.json (Hugging Face) nor {CONFIG_FILE} (Orbax)")
 
 
 def save_orbax(model: Model, path: str | Path) -> None:
