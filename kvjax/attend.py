@@ -18,6 +18,7 @@ from kvjax.policies.base import LOG_COUNT
 from kvjax.policies.observation import Observation
 from kvjax.sharded_kernels import prefill_attention
 from kvjax.sharding import constrain
+from kvjax.sparse_prefill import sparse_attention
 from kvjax.types import Array, AttendFn, AttentionInputs
 
 
@@ -25,7 +26,7 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
     """AttendFn for a prompt or a chunk of one. Call `finish` once after all layers.
 
     fresh: the cache is empty (whole-prompt prefill), so attention covers the new tokens only. compress: apply
-    the policy; False appends the new tokens (a question after a compressed context), except that policies which
+    the policy, its prefill pattern included; False appends the new tokens (a question after a compressed context), except that policies which
     evict while decoding, and sliding layers, return to their limit.
     """
 
@@ -56,20 +57,25 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
             k = jnp.concatenate([past_k, x.k], axis=2)
             v = jnp.concatenate([past_v, x.v], axis=2)
             pos = entries.pos
+        pattern = lp.policy.prefill if fresh or compress else None
         with jax.named_scope("prefill_attention"):
-            out, lse = prefill_attention(
-                x.q,
-                k,
-                v,
-                q_positions=x.positions,
-                k_positions=x.positions if fresh else pos,
-                scale=x.scale,
-                window=x.window,
-                softcap=x.softcap,
-                causal_aligned=fresh,
-                return_lse=True,
-                implementation=implementation,
-            )
+            if pattern is not None and pattern.applies(k.shape[2]):
+                seen = observation(plan, x, cache, k, v, pos, prefilling=True)
+                out, lse = sparse_attention(pattern, seen, aligned=fresh, implementation=implementation)
+            else:
+                out, lse = prefill_attention(
+                    x.q,
+                    k,
+                    v,
+                    q_positions=x.positions,
+                    k_positions=x.positions if fresh else pos,
+                    scale=x.scale,
+                    window=x.window,
+                    softcap=x.softcap,
+                    causal_aligned=fresh,
+                    return_lse=True,
+                    implementation=implementation,
+                )
         if not fresh and compensation.counts_slots(plan, i):
             count = jnp.where(entries.pos >= 0, entries.slot_state[LOG_COUNT], 0.0)
             count, key, value = compensation.most_numerous(count, k, v)

@@ -55,11 +55,12 @@ def prefill(
     lm: an `engine.LanguageModel`. tokens, positions int32 [batch, tokens], -1 = padding.
     """
     past = 0 if fresh else max(lp.capacity for lp in plan.layers)
-    whole = dataclasses.replace(plan, policy=Policy(), prompt=past + tokens.shape[1], reserve=0)
+    uncompressed = Policy(prefill=plan.policy.prefill)
+    whole = dataclasses.replace(plan, policy=uncompressed, prompt=past + tokens.shape[1], reserve=0)
     scratch = ops.empty(whole)
     if not fresh:
         scratch = _copy(plan, cache, whole, scratch)
-    store = attend.prefill(whole, fresh=fresh, compress=False, implementation=implementation)
+    store = attend.prefill(whole, fresh=fresh, implementation=implementation)
     inputs: dict[int, AttentionInputs] = {}  # of the prompt, for the compaction at the end
 
     def fn(x: AttentionInputs, c: KVCache) -> tuple[Array, KVCache]:

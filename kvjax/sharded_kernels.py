@@ -72,10 +72,19 @@ def decode_attention(
 
 
 def fuses(
-    q: Array, kv: KVStore, *, lengths: Array, table: Array | None, blocks: Array, block_size: int, **options: Any
+    q: Array,
+    kv: KVStore,
+    *,
+    lengths: Array,
+    table: Array | None,
+    blocks: Array,
+    block_size: int,
+    **options: Any,
 ) -> bool:
     """True when a kernel of this platform reads such a block table itself; else chosen blocks are gathered first."""
-    if options.get("implementation") == "xla" or (table is not None and partition(*lengths.shape) is not None):
+    if options.get("implementation") == "xla" or (
+        table is not None and partition(*lengths.shape) is not None
+    ):
         return False
     return decode_op.reads_blocks(q, kv, lengths=lengths, table=table, blocks=blocks, block_size=block_size)
 
@@ -85,13 +94,18 @@ def prefill_attention(
 ) -> Any:
     """`pallas_kernels.prefill_attention.prefill_attention`, spread over the ambient mesh where it can be."""
     spec = partition(k.shape[0], k.shape[1])
-    if spec is None or options.get("blocks") is not None:
+    if spec is None:
         return prefill_op.prefill_attention(
             q, k, v, q_positions=q_positions, k_positions=k_positions, **options
         )
     rows = PartitionSpec(spec[0])
     arrays = {n: x for n, x in options.items() if isinstance(x, jax.Array)}  # segments
-    static = {n: x for n, x in options.items() if n not in arrays}
+    specs = {n: rows for n in arrays}
+    static = {n: x for n, x in options.items() if n not in arrays and n != "blocks"}
+    blocks = options.get("blocks")
+    if blocks is not None:  # rows and query heads of the table, where it has them
+        split = (axis if size > 1 else None for axis, size in zip((*spec, None, None), blocks.indices.shape))
+        arrays["blocks"], specs["blocks"] = blocks, PartitionSpec(*split)
 
     def local(q, k, v, q_positions, k_positions, arrays):
         return prefill_op.prefill_attention(
@@ -101,6 +115,6 @@ def prefill_attention(
     keys = rows if k_positions.ndim == 2 else spec
     outs = (spec, spec) if static.get("return_lse") else spec
     mapped = jax.shard_map(
-        local, in_specs=(spec, spec, spec, rows, keys, rows), out_specs=outs, check_vma=False
+        local, in_specs=(spec, spec, spec, rows, keys, specs), out_specs=outs, check_vma=False
     )
     return mapped(q, k, v, q_positions, k_positions, arrays)

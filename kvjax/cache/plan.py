@@ -88,6 +88,8 @@ class Plan:
                 "it does not compose with methods that evict"
             )
         codec.check(self.shape)
+        if self.policy.prefill is not None:
+            self.policy.prefill.check(self.shape)
         if self.policy.selector is not None:
             self.policy.selector.check(self.shape)
             if self.policy.selector.reorders and codec.deferred:

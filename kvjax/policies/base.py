@@ -1,4 +1,4 @@
-"""The policy contract: six orthogonal parts, each a frozen (hashable) dataclass of pure functions.
+"""The policy contract: orthogonal parts, each a frozen (hashable) dataclass of pure functions.
 
 Life of an entry, the same for every method:
 
@@ -23,6 +23,7 @@ import numpy as np
 from kvjax.arrays import ArraySpec
 from kvjax.codecs.base import Codec, Plain
 from kvjax.policies.observation import NEG, Observation
+from kvjax.policies.prefill_patterns.base import PrefillPattern
 from kvjax.types import ModelShape
 
 Array = jax.Array
@@ -197,13 +198,14 @@ class Room:
         return jnp.maximum(self.slots - self.start - steps // self.every, 0)
 
 
-PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement")
+PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement", "prefill")
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """A composition of parts. Build it with `kvjax.policies.parse` or the functions named after the methods.
 
+    prefill: the key blocks that a prompt's queries read; None reads all of them.
     budget: int = mean entries per KV head per layer; float in (0, 1] = fraction of the prompt; None = all.
     sink, recent: the first `sink` positions and the newest `recent` entries are always kept.
     evict_decode: evict while decoding too, so that the cache stays at the budget.
@@ -222,6 +224,7 @@ class Policy:
     codec: Codec = Plain()
     selector: Any = None
     placement: Any = None
+    prefill: PrefillPattern | None = None
     budget: int | float | None = None
     sink: int = 0
     recent: int = 0

@@ -78,7 +78,8 @@ def sparse_plan(low: Array, blocks: BlockTable, tile_q: int, tile_k: int) -> Pla
     table = jnp.where(table >= 0, table, tokens).reshape(*table.shape[:3], -1)
     start = jnp.arange(tiles, dtype=jnp.int32) * tile_q
     # Blocks after the diagonal are dropped, the rest run in rising order.
-    table = jnp.sort(jnp.where(table * tile_k < (start + tile_q)[:, None], table, tokens), axis=-1)
+    table = jnp.where(table * tile_k < (start + tile_q)[:, None], table, tokens)
+    table = table if blocks.ordered else jnp.sort(table, axis=-1)
     low_tile = low.reshape(batch, 1, tiles, tile_q)
     count = jnp.broadcast_to((table < tokens).sum(-1), (batch, *table.shape[1:3]))
     count = jnp.where(low_tile.min(-1) < start + tile_q, count, 0)
@@ -87,6 +88,24 @@ def sparse_plan(low: Array, blocks: BlockTable, tile_q: int, tile_k: int) -> Pla
     head = jnp.minimum(head, count)
     steps = jnp.stack([head, jnp.clip(body, head, count), count], axis=-1)
     return Plan(None, jnp.where(table < tokens, table, 0).astype(jnp.int32), steps.astype(jnp.int32))
+
+
+def sparse_positions_plan(
+    blocks: BlockTable, tokens: int, slots: int, batch: int, tile_q: int, tile_k: int
+) -> Plan:
+    """Plan over the blocks of a table for slots in any order: every step masks by position.
+
+    `blocks.block_q` and `block_k` are multiples of the tiles, `tokens` and `slots` of them.
+    """
+    tiles, ratio = tokens // tile_q, blocks.block_k // tile_k
+    table = jnp.repeat(blocks.indices, blocks.block_q // tile_q, axis=2)[:, :, :tiles]
+    table = table[..., None] * ratio + jnp.arange(ratio, dtype=jnp.int32)
+    end = slots // tile_k
+    table = jnp.where((table >= 0) & (table < end), table, end).reshape(*table.shape[:3], -1)
+    table = table if blocks.ordered else jnp.sort(table, axis=-1)
+    count = jnp.broadcast_to((table < end).sum(-1), (batch, *table.shape[1:3]))
+    steps = jnp.stack([count] * 3, axis=-1)
+    return Plan(None, jnp.where(table < end, table, 0).astype(jnp.int32), steps.astype(jnp.int32))
 
 
 def positions_plan(

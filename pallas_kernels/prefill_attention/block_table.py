@@ -12,25 +12,28 @@ Array = jax.Array
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["indices"], meta_fields=["block_q", "block_k"]
+    jax.tree_util.register_dataclass, data_fields=["indices"], meta_fields=["block_q", "block_k", "ordered"]
 )
 @dataclasses.dataclass(frozen=True)
 class BlockTable:
     """Key blocks read by each query block. Masks still apply inside a block, so a table may be a superset.
 
     A block may appear only once in a row of the table; -1 marks unused entries, which may stand anywhere.
+    `ordered` promises rising blocks, then -1: kernels then need not sort.
     """
 
     indices: Array  # int32 [batch or 1, q_heads or 1, q_blocks, width]
     block_q: int  # queries per query block
     block_k: int  # slots per key block
+    ordered: bool = False
 
 
 def _pack(keep: Array, width: int) -> Array:
     """Bool [..., k_blocks] -> int32 [..., width]: indices of kept blocks in rising order, then -1."""
     blocks = keep.shape[-1]
-    rank = jnp.where(keep, jnp.arange(blocks), blocks)
-    order = jnp.sort(rank, axis=-1)[..., :width]
+    dtype = jnp.uint16 if blocks < 2**16 else jnp.int32  # what is sorted: half the bytes where it fits
+    rank = jnp.where(keep, jnp.arange(blocks, dtype=dtype), jnp.array(blocks, dtype))
+    order = jnp.sort(rank, axis=-1)[..., :width].astype(jnp.int32)
     pad = width - order.shape[-1]
     order = jnp.pad(order, [(0, 0)] * (order.ndim - 1) + [(0, max(pad, 0))], constant_values=blocks)
     return jnp.where(order < blocks, order, -1).astype(jnp.int32)
@@ -42,13 +45,22 @@ def _causal_blocks(q_blocks: int, k_blocks: int, block_q: int, block_k: int) -> 
     return jnp.arange(k_blocks)[None, :] * block_k <= last[:, None]
 
 
-def from_mask(keep: Array, *, block_q: int, block_k: int, width: int | None = None) -> BlockTable:
+def from_mask(
+    keep: Array, *, block_q: int, block_k: int, width: int | None = None, ordered: bool = False
+) -> BlockTable:
     """Table of the blocks set in `keep` bool [batch or 1, q_heads or 1, q_blocks, k_blocks].
 
     `width` bounds the entries of a row (default: k_blocks); rows with more lose their last blocks, so give
-    the true maximum.
+    the true maximum. `ordered` passes on what is true here, that rows rise.
     """
-    return BlockTable(_pack(keep, keep.shape[-1] if width is None else width), block_q, block_k)
+    return BlockTable(_pack(keep, keep.shape[-1] if width is None else width), block_q, block_k, ordered)
+
+
+def to_mask(table: BlockTable, k_blocks: int) -> Array:
+    """Bool [..., q_blocks, k_blocks] of the blocks that a table names."""
+    at = jnp.where(table.indices < 0, k_blocks, table.indices).reshape(-1, table.indices.shape[-1])
+    put = jax.vmap(lambda i: jnp.zeros((k_blocks,), bool).at[i].set(True, mode="drop"))
+    return put(at).reshape(*table.indices.shape[:-1], k_blocks)
 
 
 def a_shape(tokens: int, *, sink: int, window: int, block_q: int = 64, block_k: int = 64) -> BlockTable:

@@ -57,8 +57,8 @@ def unsupported(
     head_dim = q.shape[-1]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype} (bfloat16 and float16 are supported)"
-    if not causal_aligned and (blocks is not None or q_segments is not None):
-        return "block tables and segments need causal_aligned=True (queries and keys are the same tokens)"
+    if not causal_aligned and q_segments is not None:
+        return "segments need causal_aligned=True (queries and keys are the same tokens)"
     if head_dim > 256 or head_dim % 8:
         return f"head_dim={head_dim} (multiples of 8 up to 256 are supported)"
     if scale <= 0:
@@ -112,7 +112,10 @@ def prefill_attention_gpu(
     else:
         bound = jnp.pad(q_positions, ((0, 0), (0, q_size - tokens)), constant_values=-1)
         k_pos = pad_axis(jnp.broadcast_to(k_pos, (batch, kv_heads, slots)), 2, k_size, -1)
-        plan = aligned.positions_plan(bound, k_pos, window, TILE_Q, tiling.tile_k)
+        if blocks is None:
+            plan = aligned.positions_plan(bound, k_pos, window, TILE_Q, tiling.tile_k)
+        else:
+            plan = aligned.sparse_positions_plan(blocks, q_size, k_size, batch, TILE_Q, tiling.tile_k)
     out, lse = _call(q, k, v, bound, k_pos, plan, scale, window, softcap, tiling)
     return out[:, :, :tokens, :head_dim], lse[:, :, :tokens]
 

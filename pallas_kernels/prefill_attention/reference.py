@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.platform import dot_precision, target_platform
-from pallas_kernels.prefill_attention.block_table import BlockTable
+from pallas_kernels.prefill_attention.block_table import BlockTable, to_mask
 
 Array = jax.Array
 
@@ -173,15 +173,19 @@ def prefill_attention_xla(
         # Empty slots may hold anything, NaN included: 0 * NaN must not reach the output.
         filled = k_positions >= 0 if k_positions.ndim == 3 else (k_positions >= 0)[:, None]
         v_ones = jnp.concatenate([jnp.where(filled[..., None], v, 0), jnp.ones_like(v[..., :1])], axis=-1)
-        if blocks is not None:
+        k_blocks = 0 if blocks is None else -(-slots // blocks.block_k)
+        if blocks is not None and blocks.indices.shape[-1] * 2 < k_blocks:
             return _block_sparse(
                 q, k, v_ones, blocks, q_positions, k_positions, q_segments, k_segments,
                 scale=scale, window=window, softcap=softcap,
             )  # fmt: skip
         block = block_q or query_block_size(batch, q_heads, tokens, slots)
+        keep = None
+        if blocks is not None:  # rows as wide as this gain nothing from gathering: the table is a mask
+            keep, block = to_mask(blocks, k_blocks), blocks.block_q
         attend = functools.partial(_attend_block, scale=scale, softcap=softcap)
 
-        if causal_aligned and window is not None and slots > 2 * (window + block):
+        if keep is None and causal_aligned and window is not None and slots > 2 * (window + block):
             # A band: every query block reads the same number of slots, at an offset that moves with it.
             width = min(slots, window - 1 + block)
 
@@ -200,9 +204,13 @@ def prefill_attention_xla(
             end = stop if causal_aligned else slots
             k_seg = None if k_segments is None else k_segments[:, :end]
 
-            def dense(index, q_b, pos_b, seg_b, end=end, k_seg=k_seg):
-                del index
+            def dense(index, q_b, pos_b, seg_b, start=start, end=end, k_seg=k_seg):
                 seen = visible(pos_b, k_positions[..., :end], window, seg_b, k_seg)
+                if keep is not None:
+                    row = lax.dynamic_index_in_dim(keep, start // block + index, axis=2, keepdims=False)
+                    row = jnp.repeat(row, blocks.block_k, axis=2)[..., :end]
+                    heads = (1, 1) if row.shape[1] == 1 else (k.shape[1], -1)
+                    seen = seen & row.reshape(row.shape[0], *heads, 1, end)
                 return attend(q_b, k[:, :, :end], v_ones[:, :, :end], seen)
 
             q_seg = None if q_segments is None else q_segments[:, start:stop]

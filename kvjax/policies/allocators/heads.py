@@ -87,16 +87,17 @@ class HeadRoles(Allocator):
         return rank.reshape(len(self.scores), -1)
 
     @property
-    def _fixed(self) -> int | None:
+    def full_heads(self) -> int | None:
+        """How many heads keep everything: those of `rank` below it; None when the budget decides."""
         heads = len(self.scores) * len(self.scores[0])
         return None if self.full is None else heads - round(heads * (1 - self.full))
 
     def layer_keep(self, layer: int, layers: int, keep: Any, length: Any) -> Any:
         """Mean of the layer: the budget, or what the fixed roles need."""
-        if self._fixed is None:
+        if self.full_heads is None:
             return keep
         heads = len(self.scores[0])
-        full = int((self.rank[layer] < self._fixed).sum())
+        full = int((self.rank[layer] < self.full_heads).sum())
         least = (
             min(self.streaming, length) if isinstance(length, int) else jnp.minimum(self.streaming, length)
         )
@@ -117,8 +118,8 @@ class HeadRoles(Allocator):
         rank = jnp.concatenate(list(stats), axis=1)
         heads = held.shape[1]
         least = jnp.minimum(self.streaming, length)
-        if self._fixed is not None:
-            share = jnp.where(rank < self._fixed, held, jnp.minimum(held, self.streaming))
+        if self.full_heads is not None:
+            share = jnp.where(rank < self.full_heads, held, jnp.minimum(held, self.streaming))
         else:
             full = heads * (keep - least) // jnp.maximum(length - least, 1)
             everything = rank < jnp.clip(full, 0, heads)[:, None]

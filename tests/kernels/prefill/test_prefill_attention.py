@@ -152,6 +152,17 @@ def test_block_sparse(ragged):
     check(case, allowed=table_allows(table))
 
 
+@pytest.mark.parametrize("batch,heads", [(2, 4), (1, 1)])
+def test_block_sparse_narrow_and_in_any_order(batch, heads):
+    """A table of few columns is gathered; a wide one (above) is a mask. Both in a packed, windowed, scattered call."""
+    rng = fresh_rng()
+    picked = rng.permuted(np.tile(np.arange(6), (batch, heads, 6, 1)), axis=-1)[..., :2].astype(np.int32)
+    picked[..., 1] = np.where(rng.random(picked.shape[:-1]) < 0.3, -1, picked[..., 1])
+    table = BlockTable(jnp.asarray(picked), 8, 8)
+    check(aligned_case(rng, tokens=45, lengths=[45, 20], blocks=table), allowed=table_allows(table))
+    check(scattered_case(rng, tokens=45, slots=48, window=20, blocks=table), allowed=table_allows(table))
+
+
 def test_patterns_cover_what_they_name():
     tokens, bq, bk = 64, 8, 8
     t, s = np.meshgrid(np.arange(tokens), np.arange(tokens), indexing="ij")

@@ -146,6 +146,18 @@ def test_a_chunk_on_a_cache_on_hardware(window):
     assert relative_error(lse, want_lse) <= 1e-3
 
 
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_chunk_by_block_table_on_hardware(ordered):
+    keep = jnp.asarray(fresh_rng().random((2, 4, 2, 6)) < 0.6)
+    table = block_table.from_mask(keep, block_q=128, block_k=128, ordered=ordered)
+    case = scattered_case(fresh_rng(), tokens=200, slots=700, dim=128, blocks=table)
+    _, _, _, (out, lse), (want, want_lse) = both(case)
+    assert relative_error(out, want) <= 1e-2
+    assert relative_error(lse, want_lse) <= 1e-3
+
+
 def masked_blocks(low, plan, tile_q, tile_k):
     """What a plan makes a kernel compute: pairs covered, and pairs covered without a mask."""
     batch, tokens = low.shape
@@ -190,6 +202,28 @@ def test_plans_cover_every_visible_pair_and_mask_where_needed(window, lengths, l
         assert unmasked.sum() > 0.3 * visible.sum(), "most of a plain prompt needs no mask"
 
 
+def test_plans_of_ordered_tables_are_those_of_shuffled_ones():
+    rng = fresh_rng()
+    keep = rng.random((2, 3, 4, 4)) < 0.7
+    keep &= np.tril(np.ones((4, 4), bool))
+    rising = block_table.from_mask(jnp.asarray(keep), block_q=16, block_k=16, ordered=True)
+    shuffled = rng.permuted(np.asarray(rising.indices), axis=-1)
+    other = block_table.BlockTable(jnp.asarray(shuffled), 16, 16)
+    case = aligned_case(rng, tokens=64, dim=8, lengths=[64, 21])
+    low = aligned.lower_bounds(jnp.asarray(case.q_positions), None, None)
+    plans = [aligned.sparse_plan(low, t, 8, 8) for t in (rising, other)]
+    plans += [aligned.sparse_positions_plan(t, 64, 64, 2, 8, 8) for t in (rising, other)]
+    for a, b in (plans[:2], plans[2:]):
+        np.testing.assert_array_equal(np.asarray(a.steps), np.asarray(b.steps))
+        used = np.arange(a.table.shape[-1]) < np.asarray(a.steps)[..., 2:]
+        np.testing.assert_array_equal(np.asarray(a.table)[used], np.asarray(b.table)[used])
+    chunk = np.asarray(plans[2].steps)
+    assert (chunk == 2 * np.repeat(keep.sum(-1), 2, axis=-1)[..., None]).all(), (
+        "two tiles a block, all masked"
+    )
+    np.testing.assert_array_equal(np.asarray(block_table.to_mask(other, 4)), keep)
+
+
 @pytest.mark.parametrize("window", [None, 13])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_plans_of_scattered_slots(window, ordered):
@@ -227,10 +261,15 @@ def test_kernels_lower_without_a_gpu(head_dim):
     def chunk(q, k, v, pos):
         return prefill_attention_gpu(q, k, v, q_positions=pos, k_positions=pos, scale=0.1, window=100)
 
+    def sparse_chunk(q, k, v, pos):
+        table = block_table.from_mask(jnp.ones((1, 4, 4, 4), bool), block_q=128, block_k=128, ordered=True)
+        return prefill_attention_gpu(q, k, v, q_positions=pos, k_positions=pos, scale=0.1, blocks=table)
+
     def column(q, k, pos, lse):
         return column_mass_gpu(q, k, q_positions=pos, lse=lse, scale=0.1)
 
-    for fn, args in ((prefill, (q, k, k, pos)), (chunk, (q, k, k, pos)), (column, (q, k, pos, lse))):
+    prompt = (q, k, k, pos)
+    for fn, args in ((prefill, prompt), (chunk, prompt), (sparse_chunk, prompt), (column, (q, k, pos, lse))):
         text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
         assert "mosaic_gpu" in text
 

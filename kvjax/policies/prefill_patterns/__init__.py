@@ -1,0 +1,1 @@
+"""Prefill patterns: which key blocks the queries of a prompt read."""
