@@ -113,6 +113,11 @@ def _start(plan: Plan, cache: KVCache, whole: Plan, i: int) -> Scored:
         seen = ops.view(plan, cache, i)
         index = ops.all_entries(seen.pos >= 0, lead[2])
         for name, (suffix, dtype) in scorer.slot_state().items():
+            if (
+                name not in seen.slot_state
+            ):  # a deferred codec: the prompt is compressed once, nothing came before
+                state[name] = jnp.zeros((*lead, *suffix), dtype)
+                continue
             held = ops.take_slots(seen.slot_state[name], index)
             state[name] = held.astype(dtype).reshape(*lead, *suffix)
     return Scored(jnp.zeros(lead, jnp.float32), state)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import ops
+from kvjax.cache import ops, read
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.policies.base import LOG_COUNT
 from kvjax.types import Array, AttentionInputs
-from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.merge_partials import merge_partials
 
 
@@ -58,23 +57,13 @@ def stored_attention(
 ) -> Array:
     """`kvjax.cache.read.stored_attention` for a layer whose slots may stand for several tokens."""
     i = x.layer
-    codec, layer = plan.layers[i].policy.codec, cache.layers[i]
-    pool = cache.pools[plan.layers[i].pool]
-    part = decode_attention(
-        x.q,
-        codec.kv_store(pool.store),
-        lengths=layer.fill,
-        table=layer.table,
-        scale=x.scale,
-        softcap=x.softcap,
-        return_lse=True,
-        implementation=implementation,
-    )
+    codec, pool = plan.layers[i].policy.codec, cache.pools[plan.layers[i].pool]
+    out, lse = read.stored_attention(plan, cache, x, return_lse=True, implementation=implementation)
     # Only one slot a head is read here, not the whole view.
     count, slot = _numerous_slot(plan, cache, i)
     store = {n: _read(plan, cache, i, a, slot) for n, a in pool.store.items()}
     k, v = codec.decode(store, plan.shape.dtype, ops.context(plan, i, slot, x.inv_freq))
-    return add_counts(x, part.out, part.lse, k[:, :, 0], v[:, :, 0], count)
+    return add_counts(x, out, lse, k[:, :, 0], v[:, :, 0], count)
 
 
 def _numerous_slot(plan: Plan, cache: KVCache, i: int) -> tuple[Array, Array]:

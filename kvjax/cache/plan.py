@@ -15,6 +15,7 @@ import numpy as np
 from kvjax.arrays import ArraySpec, nbytes
 from kvjax.cache.state import KVCache, Layer, Pool, Residual
 from kvjax.codecs.base import Plain
+from kvjax.codecs.widened import widen
 from kvjax.policies.base import LOG_COUNT, Policy, specs_of_slot_state
 from kvjax.policies.scorers.recency import Recency
 from kvjax.types import ModelShape
@@ -131,7 +132,19 @@ class Plan:
             if together:
                 pool = shared = i if shared is None else shared
             out.append(dataclasses.replace(lp, pool=pool, shares_pool=together))
-        return tuple(out)
+        return self._one_layout(out)
+
+    def _one_layout(self, layers: list[LayerPlan]) -> tuple[LayerPlan, ...]:
+        """Layers that share a pool store fields of one shape, even where a codec chooses its precision by layer."""
+        shared = [lp.policy.codec for lp in layers if lp.shares_pool]
+        if not shared:
+            return tuple(layers)
+        wide = iter(widen(shared, self.shape.head_dim, self.shape.dtype, self.policy.name))
+
+        def swap(lp: LayerPlan) -> LayerPlan:
+            return dataclasses.replace(lp, policy=dataclasses.replace(lp.policy, codec=next(wide)))
+
+        return tuple(swap(lp) if lp.shares_pool else lp for lp in layers)
 
     def _layer(self, i: int) -> LayerPlan:
         policy, total = self.policy, self.prompt + self.reserve

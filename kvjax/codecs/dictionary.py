@@ -82,8 +82,10 @@ class Dictionary(Quantizer):
         index, value, _ = pursue(parts, ctx.const["atoms"], self.terms)
         top = float(jnp.finfo(jnp.float16).max)
         return {
-            "index": index.reshape(b, h, n, -1).astype(jnp.uint16),
-            "value": jnp.clip(value, -top, top).reshape(b, h, n, -1).astype(jnp.float16),
+            "index": index.reshape(b, h, n, self.chunks * self.terms).astype(jnp.uint16),
+            "value": jnp.clip(value, -top, top)
+            .reshape(b, h, n, self.chunks * self.terms)
+            .astype(jnp.float16),
         }
 
     def decode(self, store: Store, dim: int, ctx: Context = NO_CONTEXT) -> Array:
