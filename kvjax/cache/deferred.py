@@ -8,6 +8,8 @@ or from a whole prompt is the same.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -199,35 +201,20 @@ def _salient(codec, entries: View, q: Array | None) -> View:
 def _append_one(
     plan: Plan, cache: KVCache, i: int, new: View, inv_freq: Array | None, q: Array | None
 ) -> KVCache:
-    """One token: if a row's window is full, its oldest group is encoded first; other steps only write the token."""
-    codec, layer, j = plan.layers[i].policy.codec, cache.layers[i], plan.layers[i].pool
-    width, group, sink = codec.sink + codec.residual, codec.group, codec.sink
+    """One token: if a row's window is full, its oldest group is encoded first; other steps only write the token.
+
+    Layers whose codec needs nothing but keys and values are flushed together when the first of them appends: a branch
+    makes a GPU wait for the host, and one a step is enough. Layers therefore append in order, each of them every token.
+    """
+    codec, j = plan.layers[i].policy.codec, plan.layers[i].pool
     valid = new.pos[..., 0] >= 0
-    full = valid & (layer.residual.count == width)
-    oldest = slice(sink, sink + group)
-
-    def flush(state: tuple) -> tuple:
-        layer, pool = state
-        res, now = layer.residual, cache.put(i, layer, j, pool)
-        part = View(
-            store={"k": res.k[:, :, oldest], "v": res.v[:, :, oldest]},
-            pos=positions(plan, now, i)[1][:, :, oldest],
-            slot_state={},
-        )
-
-        def shift(x: Array) -> Array:
-            moved = jnp.concatenate([x[:, :, :sink], jnp.roll(x[:, :, sink:], -group, axis=2)], axis=2)
-            return jnp.where(full.reshape(*full.shape, *(1,) * (x.ndim - 2)), moved, x)
-
-        count = jnp.where(full, group, 0).astype(jnp.int32)
-        rest = Residual(
-            shift(res.k), shift(res.v), None if res.pos is None else shift(res.pos), res.count - count
-        )
-        now = _write(plan, now, i, _salient(codec, part, q), count, rest, inv_freq)
-        return now.layers[i], now.pools[j]
-
-    layer, pool = jax.lax.cond(jnp.any(full), flush, lambda state: state, (layer, cache.pools[j]))
-    res = layer.residual
+    together = _flushed_together(plan)
+    if i not in together:
+        cache = _flush_full(plan, cache, (i,), valid, inv_freq, q)
+    elif i == together[0]:
+        cache = _flush_full(plan, cache, together, valid)
+    layer = cache.layers[i]
+    res, width = layer.residual, codec.sink + codec.residual
     place = jnp.where(valid, res.count, width)[..., None]
 
     def put(x: Array, value: Array) -> Array:
@@ -241,4 +228,62 @@ def _append_one(
         None if res.pos is None else put(res.pos, new.pos),
         res.count + valid.astype(jnp.int32),
     )
-    return cache.put(i, layer.replace(residual=res), j, pool)
+    return cache.put(i, layer.replace(residual=res), j, cache.pools[j])
+
+
+def _flushed_together(plan: Plan) -> tuple[int, ...]:
+    """Layers whose windows are flushed under one branch."""
+    codecs = [lp.policy.codec for lp in plan.layers]
+    return tuple(i for i, codec in enumerate(codecs) if codec.residual and codec.self_contained)
+
+
+def _flush_full(
+    plan: Plan,
+    cache: KVCache,
+    layers: tuple[int, ...],
+    valid: Array,
+    inv_freq: Array | None = None,
+    q: Array | None = None,
+) -> KVCache:
+    """Encode the oldest group of every full window of `layers` in the rows bool [batch, kv_heads] that append."""
+
+    def full(cache: KVCache, i: int) -> Array:
+        codec = plan.layers[i].policy.codec
+        return valid & (cache.layers[i].residual.count == codec.sink + codec.residual)
+
+    def encode(cache: KVCache) -> KVCache:
+        for i in layers:
+            cache = flush(plan, cache, i, full(cache, i), inv_freq, q)
+        return cache
+
+    due = functools.reduce(jnp.logical_or, [jnp.any(full(cache, i)) for i in layers])
+    return jax.lax.cond(due, encode, lambda cache: cache, cache)
+
+
+def flush(
+    plan: Plan,
+    cache: KVCache,
+    i: int,
+    full: Array,
+    inv_freq: Array | None = None,
+    q: Array | None = None,
+) -> KVCache:
+    """Encode the oldest group of layer i's windows where `full` bool [batch, kv_heads]."""
+    codec, res = plan.layers[i].policy.codec, cache.layers[i].residual
+    group, sink = codec.group, codec.sink
+    oldest = slice(sink, sink + group)
+    part = View(
+        store={"k": res.k[:, :, oldest], "v": res.v[:, :, oldest]},
+        pos=positions(plan, cache, i)[1][:, :, oldest],
+        slot_state={},
+    )
+
+    def shift(x: Array) -> Array:
+        moved = jnp.concatenate([x[:, :, :sink], jnp.roll(x[:, :, sink:], -group, axis=2)], axis=2)
+        return jnp.where(full.reshape(*full.shape, *(1,) * (x.ndim - 2)), moved, x)
+
+    count = jnp.where(full, group, 0).astype(jnp.int32)
+    rest = Residual(
+        shift(res.k), shift(res.v), None if res.pos is None else shift(res.pos), res.count - count
+    )
+    return _write(plan, cache, i, _salient(codec, part, q), count, rest, inv_freq)

@@ -69,6 +69,11 @@ class Codec:
     rotates: bool = False  # the fused kernel works on rotated channels: see `rotate_query`
 
     @property
+    def self_contained(self) -> bool:
+        """True when `encode` looks at keys and values only: no RoPE tables, saliency or other layers."""
+        return False
+
+    @property
     def deferred(self) -> bool:
         """True when entries wait in the residual window before they are encoded."""
         return self.group > 1 or self.residual > 0 or self.sink > 0

@@ -42,6 +42,11 @@ class Kivi(Codec):
         return math.lcm(formats.pack_block(self.format), self.size)
 
     @property
+    def self_contained(self) -> bool:
+        """Groups need nothing but themselves."""
+        return True
+
+    @property
     def rotates(self) -> bool:  # type: ignore[override]
         """See `hadamard`."""
         return self.hadamard

@@ -76,6 +76,11 @@ class Pair(Codec):
     scorer: Any = None
 
     @property
+    def self_contained(self) -> bool:
+        """Unless keys lose their RoPE first, or tokens are ranked."""
+        return not self.pre_rope and self.scorer is None
+
+    @property
     def group(self) -> int:  # type: ignore[override]
         """Tokens encoded at once."""
         return math.lcm(self.k.unit, self.v.unit)

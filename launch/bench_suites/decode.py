@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,18 +37,13 @@ _CHAIN = 20
 def device_us(fn: Callable[..., Any], *args: Any) -> tuple[float, float]:
     """Microseconds per call that the device is busy, and those in the attention kernel alone."""
     jax.block_until_ready(fn(*args))
-    with tempfile.TemporaryDirectory() as where:
-        with jax.profiler.trace(where):
-            for _ in range(_CALLS):
-                out = fn(*args)
-            jax.block_until_ready(out)
-        (path,) = glob.glob(f"{where}/**/*.xplane.pb", recursive=True)
-        spans: dict[str, list[float]] = {}
-        for plane in jax.profiler.ProfileData.from_file(path).planes:
-            for line in plane.lines:
-                if "GPU" in plane.name and "Stream" in line.name:
-                    for event in line.events:
-                        spans.setdefault(event.name, []).append(event.duration_ns / 1e3)
+
+    def run() -> None:
+        for _ in range(_CALLS):
+            out = fn(*args)
+        jax.block_until_ready(out)
+
+    spans = timing.device_spans(run)
     busy = {name: statistics.median(us) * len(us) / _CALLS for name, us in spans.items()}
     return sum(busy.values()), sum(us for name, us in busy.items() if "decode_attention" in name)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +45,21 @@ def measure(fn: Callable[..., Any], *args: Any) -> float:
 
     jax.block_until_ready(chain(args))
     return _median(lambda: chain(args), jax.block_until_ready) / _CHAIN
+
+
+def device_spans(run: Callable[[], Any]) -> dict[str, list[float]]:
+    """Microseconds of every kernel that a GPU executes during `run`, which must wait for its work, by name."""
+    with tempfile.TemporaryDirectory() as where:
+        with jax.profiler.trace(where):
+            run()
+        (path,) = glob.glob(f"{where}/**/*.xplane.pb", recursive=True)
+        spans: dict[str, list[float]] = {}
+        for plane in jax.profiler.ProfileData.from_file(path).planes:
+            for line in plane.lines:
+                if "GPU" in plane.name and "Stream" in line.name:
+                    for event in line.events:
+                        spans.setdefault(event.name, []).append(event.duration_ns / 1e3)
+    return spans
 
 
 def measure_torch(torch: Any, fn: Callable[[], Any]) -> float:
