@@ -278,12 +278,19 @@ def flush(
         slot_state={},
     )
 
-    def shift(x: Array) -> Array:
-        moved = jnp.concatenate([x[:, :, :sink], jnp.roll(x[:, :, sink:], -group, axis=2)], axis=2)
-        return jnp.where(full.reshape(*full.shape, *(1,) * (x.ndim - 2)), moved, x)
+    def staying(x: Array) -> Array:
+        later = x[:, :, sink + group :]
+        where = full.reshape(*full.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(where, later, x[:, :, sink : sink + later.shape[2]])
 
+    def put(x: Array, stay: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, stay, sink, axis=2)
+
+    # Everything is read before the window is written, in place: otherwise the branch would return another array than
+    # it was given, and every step without a flush would copy the window. What lies beyond the count is not read.
+    window = {"k": res.k, "v": res.v} | ({} if res.pos is None else {"pos": res.pos})
+    part, stay, window = jax.lax.optimization_barrier((part, jax.tree.map(staying, window), window))
+    window = jax.tree.map(put, window, stay)
     count = jnp.where(full, group, 0).astype(jnp.int32)
-    rest = Residual(
-        shift(res.k), shift(res.v), None if res.pos is None else shift(res.pos), res.count - count
-    )
+    rest = Residual(window["k"], window["v"], window.get("pos"), res.count - count)
     return _write(plan, cache, i, _salient(codec, part, q), count, rest, inv_freq)

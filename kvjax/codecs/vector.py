@@ -78,8 +78,9 @@ class Vector(Quantizer):
         """codes."""
         if self.sizes and sum(self.sizes) != dim:
             raise ValueError(f"vector codes for groups of {self.sizes} channels do not cover head_dim={dim}")
-        # Before a layer is chosen, `couple` describes the mean over layers.
-        count = len(self.sizes) or -(-dim // self.couple)
+        # Before a layer is chosen, the mean over layers.
+        mean = round(self.rate * dim / self.bits) if self.calibration else -(-dim // self.couple)
+        count = len(self.sizes) or mean
         if count * self.bits % 8:
             raise ValueError(f"{count} codes of {self.bits} bits do not fill whole bytes")
         return {"codes": Field((packing.packed_bytes(count, self.bits),), "uint8")}

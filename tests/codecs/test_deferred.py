@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import attend, compress
 from kvjax.arrays import nbytes
 from kvjax.cache import ops
 from kvjax.policies import parse
@@ -172,3 +176,45 @@ def test_constant_keys_and_values_decode_to_themselves():
     k, v = policy.codec.decode(store, "float32")
     np.testing.assert_array_equal(k, x)
     np.testing.assert_array_equal(v, -x)
+
+
+@pytest.mark.parametrize(
+    "spec", ["kivi(bits=4, group=32, residual=96, sink=3)", "turboquant(bits=3, residual=8)"]
+)
+def test_layers_that_flush_under_one_branch_store_what_each_stores_alone(spec):
+    """Two layers, ragged rows: the second layer's window is flushed when the first one appends."""
+    alone = [Layer(spec, 150, (150, 131), seed=s) for s in (0, 1)]
+    wanted = [layer.fill(layer.plan(64, 96), 64)[1] for layer in alone]
+    one = alone[0].plan(64, 96)
+    plan = dataclasses.replace(one, shape=dataclasses.replace(one.shape, layers=2, windows=(None, None)))
+    until, cache = np.asarray(alone[0].lengths), ops.empty(plan)
+
+    @functools.partial(jax.jit, static_argnames="fresh")
+    def call(both, cache, fresh):
+        fn = attend.prefill(plan, fresh=True) if fresh else attend.decode(plan)
+        for i, x in enumerate(both):
+            _, cache = fn(dataclasses.replace(x, layer=i), cache)
+        return compress.finish(plan, cache, both[0].positions)
+
+    for at, end in [(0, 64), *((t, t + 1) for t in range(64, 150))]:
+        cache = call([layer.inputs(at, end, until) for layer in alone], cache, fresh=at == 0)
+    for i, want in enumerate(wanted):
+        got = cache.layers[i]
+        np.testing.assert_array_equal(got.fill, want.layers[0].fill)
+        np.testing.assert_array_equal(got.residual.count, want.layers[0].residual.count)
+        assert got.residual.pos is None
+        for row in range(2):
+            n, width = int(got.fill[row, 0]), int(got.residual.count[row, 0])
+            for name in ("k", "v"):
+                a, b = (getattr(x.residual, name)[row, :, :width] for x in (got, want.layers[0]))
+                np.testing.assert_array_equal(a, b)
+            fields = plan.layers[0].policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
+            for name, field in fields.items():
+                a, b = (c.store[name][row] for c in (cache.pools[i], want.pools[0]))
+                cut = (slice(None),) * (1 + len(field.before)) + (slice(0, n // field.per),)
+                np.testing.assert_array_equal(a[cut], b[cut], err_msg=name)
+        assert int(got.fill[0, 0]) > int(codec_encoded(plan, 64))  # it did flush while decoding
+
+
+def codec_encoded(plan, entries):
+    return plan.layers[0].policy.codec.encoded(entries)

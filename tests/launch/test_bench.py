@@ -1,0 +1,55 @@
+"""The suites `generate` and `policies`: what their rows say, on small shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax import policies
+from kvjax.cache.plan import Plan
+from launch.bench_suites import generate
+from launch.bench_suites import policies as suite
+from models import params as model_params
+
+
+@pytest.fixture(scope="module")
+def small():
+    lm = generate.small()
+    return lm, model_params.init_params(lm.config, jax.random.key(0), jnp.float32)
+
+
+def test_a_step_of_32_layers_is_the_head_once_and_the_layers_16_times(small):
+    lm, params = small
+    row = generate.measure(lm, params, "kivi(bits=4, group=64)", 2, 256, 1e-4)
+    assert row["step_us"] == pytest.approx(100 + (row["us"] - 100) * 32 / 2)
+    # 128 of 256 tokens wait in float32, the others take 4.5 bits an element; weights but the embedding.
+    # The step reads one entry more than the prompt's 256 (the first token).
+    elements = 2 * 2 * 2 * 2 * 128  # layers, k and v, rows, heads, channels
+    cache = elements * (128 * 4.5 / 8 + 128 * 4)
+    weights = sum(x.size for x in jax.tree.leaves(params)) - params.embedding.size
+    assert row["gb_per_s"] * 1e9 * row["us"] * 1e-6 == pytest.approx(cache + 4 * weights, rel=0.01)
+    assert 0 < row["append_us"]
+
+
+def test_the_loop_starts_from_full_caches_that_differ_by_row(small):
+    lm, params = small
+    loop = generate.open_loop(lm, params, "full", 2, 100)
+    cache = loop.state.cache
+    assert np.all(np.asarray(cache.length) == 100)
+    for layer, pool in zip(cache.layers, cache.pools):
+        assert np.all(np.asarray(layer.fill) == 100)
+        k = np.asarray(pool.store["k"])[:, :, :100]
+        assert 0.9 < k.std() < 1.1 and not np.array_equal(k[0], k[1])
+    loop.run(3)
+    assert np.all(np.asarray(loop.state.cache.length) == 103)
+
+
+def test_policy_rows_time_the_cache_that_prefill_would_leave(small):
+    lm, params = small
+    tensors = [suite.inputs(lm, params, 128, i) for i in range(2)]
+    assert not np.array_equal(tensors[0]["k"], tensors[1]["k"])
+    plan = Plan(policies.parse("snapkv(budget=0.25, window=8)"), lm.shape, 1, 128, 16)
+    assert suite.policy_seconds(plan, tensors) > 0
+    row = suite.chunked(lm, params, "keydiff(budget=32)", 256, 64)
+    capacity = 32 + suite._RESERVE
+    assert row["cache_bytes"] == pytest.approx(2 * 2 * 2 * capacity * (128 * 4 + 2), rel=0.05)
