@@ -36,6 +36,7 @@ Row = dict[str, Any]
 MODEL_LAYERS = 32
 LAYERS = 8
 BATCH, CONTEXT = 32, 32768
+MORE = [(32, 8192), (8, 32768)]  # batch, context: the full cache only
 SPECS = [
     "full",
     "int8",
@@ -179,6 +180,7 @@ def rows() -> Iterator[Row]:
     batch, context = (2, 512) if cpu else (BATCH, CONTEXT)
     params = model_params.init_params(lm.config, jax.random.key(0), jnp.dtype(lm.shape.dtype))
     head = head_seconds(lm, params, batch)
-    for spec in SPECS:
+    work = [(spec, batch, context) for spec in SPECS] + [("full", *shape) for shape in ([] if cpu else MORE)]
+    for spec, batch, context in work:
         yield measure(lm, params, spec, batch, context, head)
         gc.collect()  # the next cache needs the memory
