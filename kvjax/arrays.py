@@ -17,12 +17,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape, dtype, logical axis names and fill value of one array. Hashable."""
+    """Shape, dtype, logical axis names, fill value and memory ('device' or 'host') of one array. Hashable."""
 
     shape: tuple[int, ...]
     dtype: str
     axes: tuple[str | None, ...]
     fill: float = 0
+    memory: str = "device"
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -58,12 +59,12 @@ def init(specs: Any) -> Any:
     return jax.tree.map(lambda s: jnp.full(s.shape, s.fill, jnp.dtype(s.dtype)), specs, is_leaf=is_spec)
 
 
-def nbytes(tree: Any) -> int:
-    """Total bytes of a tree of specs, arrays or ShapeDtypeStructs."""
+def nbytes(tree: Any, memory: str | None = None) -> int:
+    """Total bytes of a tree of specs, arrays or ShapeDtypeStructs; with `memory` of the specs that live there only."""
     total = 0
     for leaf in jax.tree.leaves(tree, is_leaf=is_spec):
         if is_spec(leaf):
-            total += leaf.nbytes
+            total += leaf.nbytes if memory in (None, leaf.memory) else 0
         else:
             total += math.ceil(int(np.prod(leaf.shape, dtype=np.int64)) * itembits(leaf.dtype) / 8)
     return total

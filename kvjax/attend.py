@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import compensation, deferred, ops, selecting
+from kvjax.cache import compensation, deferred, ops, placing, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.read import selected_attention, stored_attention
 from kvjax.cache.state import KVCache, View
@@ -34,6 +34,8 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
         i = x.layer
         lp = plan.layers[i]
         codec = lp.policy.codec
+        if not fresh and compress and placing.offloaded(plan, i):
+            cache = placing.join(plan, cache, i)
         only_append = not (lp.policy.compresses and (compress or lp.policy.evict_decode))
         if codec.deferred and not fresh and not only_append:
             raise ValueError(
@@ -82,13 +84,14 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
             out = compensation.add_counts(x, out, lse, key, value, count)
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
-            return out, _remember(plan, _append(plan, cache, x), x)
+            return out, _remember(plan, _settle(plan, _append(plan, cache, x), i), x)
         obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
         if codec.scorer is not None:
             with jax.named_scope("saliency"):
                 saliency = codec.scorer.score(obs, {})[0]
             entries = entries.replace(slot_state={**entries.slot_state, "saliency": saliency})
-        return out, _remember(plan, store(plan, cache, obs, entries, compress=compress, fresh=fresh), x)
+        cache = store(plan, cache, obs, entries, compress=compress, fresh=fresh)
+        return out, _remember(plan, _settle(plan, cache, i), x)
 
     return attend
 
@@ -119,9 +122,20 @@ def _append(plan: Plan, cache: KVCache, x: AttentionInputs) -> KVCache:
     return selecting.append(plan, cache, after, x)
 
 
+def _settle(plan: Plan, cache: KVCache, i: int) -> KVCache:
+    """The cache after a prefill call, an offloaded layer's prompt in host memory."""
+    if placing.offloaded(plan, i) and cache.pools[plan.layers[i].pool].host is None:
+        return placing.split(plan, cache, i)
+    return cache
+
+
 def _remember(plan: Plan, cache: KVCache, x: AttentionInputs) -> KVCache:
     """The cache with this layer's input, for a selector that looks one layer back."""
-    return cache.replace(hidden=x.hidden) if "before" in plan.policy.needs else cache
+    if "before" in plan.policy.needs:
+        cache = cache.replace(hidden=x.hidden)
+    if plan.policy.looks_ahead and x.q.shape[2] == 1:
+        cache = cache.replace(ahead=None if x.ahead is None else x.ahead())
+    return cache
 
 
 def observation(

@@ -292,6 +292,7 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
         next_position=following,
         token_ids=None,
         hidden=None,
+        ahead=None,
         shared=None,
         moved=None,
     )

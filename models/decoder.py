@@ -61,7 +61,8 @@ def hidden(
     ropes = _rope_tables(config, positions)
     for index, layer in enumerate(params.layers):
         with jax.named_scope(f"layer_{index}"):
-            x, cache = _block(layer, config, index, x, positions, ropes, cache, attend)
+            following = params.layers[index + 1] if index + 1 < config.layers else None
+            x, cache = _block(layer, following, config, index, x, positions, ropes, cache, attend)
     return rms_norm(x, params.final_norm, config), cache
 
 
@@ -125,6 +126,7 @@ def _rope_tables(config: ModelConfig, positions: Array) -> dict[Any, tuple[np.nd
 
 def _block(
     layer: Layer,
+    following: Layer | None,  # the next one
     config: ModelConfig,
     index: int,
     x: Array,
@@ -136,6 +138,9 @@ def _block(
     with jax.named_scope("attention"):
         h = rms_norm(x, layer.attention_norm, config)
         inputs = _attention_inputs(layer, config, index, h, positions, ropes[config.ropes[index]])
+        if following is not None:
+            tables = ropes[config.ropes[index + 1]]
+            inputs = inputs.replace(ahead=lambda: _queries(following, config, h, tables))
         out, cache = attend(inputs, cache)
         # Tokens before heads here, or XLA would transpose the weight instead.
         y = jnp.einsum("bthd,hde->bte", out.astype(x.dtype).swapaxes(1, 2), layer.wo)
@@ -150,6 +155,17 @@ def _block(
         if layer.mlp_post_norm is not None:
             y = rms_norm(y, layer.mlp_post_norm, config)
     return x + y, cache
+
+
+def _queries(layer: Layer, config: ModelConfig, h: Array, tables: tuple[np.ndarray, Array, Array]) -> Array:
+    """A layer's queries after RoPE [batch, q_heads, tokens, head_dim] of its input h [batch, tokens, embed]."""
+    q = jnp.einsum("bte,ekgd->btkgd", h, layer.qkv[:, :, :-2])
+    if layer.qkv_bias is not None:
+        q = q + layer.qkv_bias[:, :-2]
+    q = q.transpose(0, 2, 3, 1, 4).reshape(h.shape[0], config.q_heads, h.shape[1], config.head_dim)
+    if layer.q_norm is not None:
+        q = rms_norm(q, layer.q_norm, config)
+    return rope_lib.rotate(q, *tables[1:])
 
 
 def _attention_inputs(

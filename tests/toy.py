@@ -65,10 +65,16 @@ class Toy:
                 layer=i,
                 scale=self.head_dim**-0.5,
                 window=self.shape.windows[i],
+                ahead=self._ahead(params, i, h, positions, inv_freq),
             )
             out, cache = attend(inputs, cache)
             x = x + jnp.einsum("bhtd,hde->bte", out, layer["o"])
         return x, cache
+
+    def _ahead(self, params, i, h, positions, inv_freq):
+        if i + 1 == self.layers:
+            return None
+        return lambda: rope(jnp.einsum("bte,ehd->bhtd", h, params["layers"][i + 1]["q"]), positions, inv_freq)
 
     def logits(self, params, hidden):
         return hidden @ params["embed"].T

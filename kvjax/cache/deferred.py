@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import arrays
-from kvjax.cache import ops
+from kvjax.cache import ops, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, Residual, View
 
@@ -137,11 +137,12 @@ def _write(
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     store = dict(pool.store)
     for name, value in _encode(plan, cache, i, part, slots, inv_freq).items():
-        store[name] = ops.scatter(plan, i, layer, store[name], slots, value, fields[name])
+        places = placing.tail_places(cache, i, slots)
+        store[name] = ops.scatter(plan, i, layer, store[name], places, value, fields[name])
     pos = None if lp.implied else ops.scatter(plan, i, layer, pool.pos, slots, part.pos)
     fill = layer.fill + count
     layer = layer.replace(fill=fill, next_slot=fill, residual=residual)
-    return cache.put(i, layer, lp.pool, ops.constrain_pool(plan, i, Pool(store, pos, {})))
+    return cache.put(i, layer, lp.pool, ops.constrain_pool(plan, i, Pool(store, pos, {}, pool.host)))
 
 
 def append(

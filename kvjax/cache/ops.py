@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import arrays
+from kvjax.cache import placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Layer, Pool, View
 from kvjax.codecs.base import Context, Field
@@ -54,7 +55,8 @@ def view(plan: Plan, cache: KVCache, i: int) -> View:
     lp, layer = plan.layers[i], cache.layers[i]
     pool = cache.pools[lp.pool]
     if layer.table is None:
-        return View(store=pool.store, pos=pool.pos, slot_state=pool.slot_state)
+        store = pool.store if pool.host is None else placing.whole_store(plan, cache, i)
+        return View(store=store, pos=pool.pos, slot_state=pool.slot_state)
     _b, _h, width = layer.table.shape
 
     def gather(x: Array, slots: int, before: int = 0) -> Array:
@@ -122,7 +124,7 @@ def append(
     slots = jnp.broadcast_to(jnp.where(new, start[..., None] + rank, -1), (b, h, t))
     store, every = dict(pool.store), jnp.broadcast_to(positions[:, None], (b, h, t))
     for name, value in plan.layers[i].policy.codec.encode(k, v, context(plan, i, every, inv_freq)).items():
-        store[name] = scatter(plan, i, layer, store[name], slots, value)
+        store[name] = scatter(plan, i, layer, store[name], placing.tail_places(cache, i, slots), value)
     pos = scatter(plan, i, layer, pool.pos, slots, every)
     lead = 2 if layer.table is not None else 3
     slot_state = {
@@ -131,7 +133,7 @@ def append(
     }
     fill = jnp.maximum(layer.fill, jnp.max(slots, axis=-1) + 1)
     layer = layer.replace(fill=fill, next_slot=fill)
-    return cache.put(i, layer, j, constrain_pool(plan, i, Pool(store, pos, slot_state)))
+    return cache.put(i, layer, j, constrain_pool(plan, i, Pool(store, pos, slot_state, pool.host)))
 
 
 def write_slot_state(plan: Plan, cache: KVCache, i: int, state: dict[str, Array]) -> KVCache:
@@ -251,4 +253,6 @@ def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array, limit: Array) -
 def constrain_pool(plan: Plan, i: int, pool: Pool) -> Pool:
     """Sharding constraints on every stored array, from its logical axes."""
     specs = plan.pool_specs[plan.layers[i].pool]
+    if pool.host is not None:
+        return pool
     return jax.tree.map(lambda spec, x: constrain(x, spec.axes), specs, pool, is_leaf=arrays.is_spec)

@@ -38,6 +38,7 @@ class LayerPlan:
     pages: int = 0  # Ragged: pages that this layer adds to its pool
     pool: int = 0  # index of the pool that holds the layer's entries
     shares_pool: bool = False  # layers of this kind are compacted together, after the last
+    offloaded: bool = False  # the prompt's entries live in host memory: `kvjax.cache.placing`
 
     @property
     def implied(self) -> bool:
@@ -91,6 +92,8 @@ class Plan:
         codec.check(self.shape)
         if self.policy.prefill is not None:
             self.policy.prefill.check(self.shape)
+        if self.policy.placement is not None:
+            self._check_placement()
         if self.policy.selector is not None:
             self.policy.selector.check(self.shape)
             if self.policy.selector.reorders and codec.deferred:
@@ -101,6 +104,21 @@ class Plan:
         if self.policy.compresses:
             self.policy.allocator.check(self.shape)
             self._check_parts()
+
+    def _check_placement(self) -> None:
+        """ValueError for parts that offload does not compose with."""
+        policy = self.policy
+        excluded = {
+            "heads of different sizes (a Ragged cache)": policy.compresses and policy.allocator.ragged,
+            "a codec that predicts a layer from the one before": policy.codec.for_layer(
+                1, self.shape
+            ).predicts,
+            "eviction while decoding": policy.compresses and policy.evict_decode,
+            "a probe": policy.probe is not None,
+        }
+        for what, present in excluded.items():
+            if present:
+                raise ValueError(f"{policy.name}: offload does not compose with {what}")
 
     def _check_parts(self) -> None:
         """ValueError for parts that exclude each other."""
@@ -131,7 +149,9 @@ class Plan:
             together = lp.ragged and lp.policy.allocator.scope == "model"
             if together:
                 pool = shared = i if shared is None else shared
-            out.append(dataclasses.replace(lp, pool=pool, shares_pool=together))
+            skipped = self.policy.selector is not None and lp.policy.selector is None
+            offloaded = lp.policy.placement is not None and not skipped
+            out.append(dataclasses.replace(lp, pool=pool, shares_pool=together, offloaded=offloaded))
         return self._one_layout(out)
 
     def _one_layout(self, layers: list[LayerPlan]) -> tuple[LayerPlan, ...]:
@@ -210,6 +230,23 @@ class Plan:
         late = -(-selector.recent // self.block(i)) + 1 if selector.keeps_choice else 0
         return self.choice_width(i) + late
 
+    def tail_recent(self, i: int) -> int:
+        """Newest entries of an offloaded layer's prompt that stay on the device, beside a codec's window."""
+        policy = self.layers[i].policy
+        always = 0 if policy.selector is None else max(0, policy.selector.recent - policy.codec.residual)
+        return always + policy.placement.recent
+
+    def tail_slots(self, i: int) -> int:
+        """Slots of an offloaded layer that stay on the device: the newest, and room for new tokens."""
+        lp, block = self.layers[i], self.block(i)
+        most = self.tail_recent(i) + block - 1 + self.reserve + lp.policy.codec.group
+        return min(-(-most // block) * block, lp.capacity)
+
+    def host_slots(self, i: int) -> int:
+        """Slots of an offloaded layer's prompt in host memory, a multiple of the block."""
+        lp, block = self.layers[i], self.block(i)
+        return min(-(-lp.keep_capacity // block) * block, lp.capacity)
+
     def index_specs(self, i: int) -> dict[str, ArraySpec]:
         """The index of layer i: the selector's arrays, slots read at the last step, and the choice where it is kept."""
         lp, block = self.layers[i], self.block(i)
@@ -219,6 +256,12 @@ class Plan:
         specs["reads"] = ArraySpec(lead, "int32", LEAD)
         if selector.keeps_choice:
             specs["chosen"] = ArraySpec((*lead, self.choice_width(i)), "int32", (*LEAD, None), fill=-1)
+        if lp.offloaded:
+            width, codec = self.table_width(i), lp.policy.codec
+            specs["moved"] = ArraySpec(lead, "int32", LEAD)
+            specs["held"] = ArraySpec((*lead, width), "int32", (*LEAD, None), fill=-1)
+            held = codec.specs(lead, (*LEAD, "held"), width * block, self.shape.head_dim, self.shape.dtype)
+            specs |= {f"held.{n}": s for n, s in held.items()}
         return specs
 
     @functools.cached_property
@@ -237,7 +280,22 @@ class Plan:
         row = ArraySpec((self.batch,), "int32", ("batch",))
         layers = tuple(self._layer_specs(i, lp) for i, lp in enumerate(self.layers))
         rows = {n: row for n in ("length", "next_position", "expected", "compressed")}
-        return KVCache(layers=layers, pools=self.pool_specs, **rows)
+        pools = list(self.pool_specs)
+        for i, lp in enumerate(self.layers):
+            if lp.offloaded:
+                pools[lp.pool] = self._split_specs(i, lp)
+        return KVCache(layers=layers, pools=tuple(pools), **rows)
+
+    def _split_specs(self, i: int, lp: LayerPlan) -> Pool:
+        """Specs of an offloaded layer's pool; `pool_specs` describes it before it is split."""
+        pool, codec = self.pool_specs[lp.pool], lp.policy.codec
+        assert pool is not None
+        sizes = ((*LEAD, "slots"), self.shape.head_dim, self.shape.dtype)
+        lead = (self.batch, self.shape.kv_heads)
+        tail = codec.specs(lead, sizes[0], self.tail_slots(i), *sizes[1:])
+        host = codec.specs(lead, sizes[0], self.host_slots(i), *sizes[1:])
+        host = {n: dataclasses.replace(s, memory="host") for n, s in host.items()}
+        return pool.replace(store=tail, host=host)  # type: ignore[attr-defined]
 
     def _pool_specs(self, lp: LayerPlan, pages: int) -> Pool:
         lead: tuple[int, ...] = (self.batch, self.shape.kv_heads)
@@ -279,6 +337,7 @@ class Plan:
             const=const,
             residual=self._residual_specs(lp),
             index=index,
+            start=head if lp.offloaded else None,
         )
 
     def _residual_specs(self, lp: LayerPlan) -> Residual | None:
@@ -292,8 +351,16 @@ class Plan:
         return Residual(k=kv, v=kv, pos=pos, count=ArraySpec(lead, "int32", LEAD))
 
     def nbytes(self) -> int:
-        """Bytes of the cache as allocated."""
+        """Bytes of the cache as allocated, in all memories."""
         return nbytes(self.specs())
+
+    def device_nbytes(self) -> int:
+        """Bytes of it in device memory."""
+        return nbytes(self.specs(), "device")
+
+    def host_nbytes(self) -> int:
+        """Bytes of it in host memory."""
+        return nbytes(self.specs(), "host")
 
     def prompt_only(self) -> Plan:
         """The same plan without room for generated tokens: what the compressed prompt itself costs."""

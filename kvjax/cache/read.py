@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import deferred, ops, selecting
+from kvjax.cache import deferred, ops, placing, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.codecs.blocked import blocked_attention
@@ -47,12 +47,16 @@ def stored_attention(
     i = x.layer
     codec, layer = plan.layers[i].policy.codec, cache.layers[i]
     res, tables = layer.residual, {}
-    part = _whole(plan, cache, i)
+    part = _whole(plan, cache, i) if blocks is None or not placing.offloaded(plan, i) else None
     common = dict(scale=x.scale, softcap=x.softcap, implementation=implementation)
-    fused = codec.kv_store(part.store)
+    fused = None if part is None else codec.kv_store(part.store)
     if blocks is not None:
         tables = dict(blocks=blocks, block_size=plan.block(i))
-        if fused is None or not fuses(x.q, fused, lengths=part.lengths, table=part.table, **tables, **common):
+        if (
+            part is None
+            or fused is None
+            or not fuses(x.q, fused, lengths=part.lengths, table=part.table, **tables, **common)
+        ):
             part, tables = _chosen(plan, cache, i, blocks), {}
             fused = codec.kv_store(part.store)
     common.update(tables)
@@ -119,7 +123,8 @@ def _whole(plan: Plan, cache: KVCache, i: int) -> _Part:
     lp, layer = plan.layers[i], cache.layers[i]
     pool = cache.pools[lp.pool]
     slots = lp.capacity if layer.table is None else plan.page(lp.policy)
-    return _Part(pool.store, pool.pos, layer.fill, layer.table, slots)
+    store = pool.store if pool.host is None else placing.whole_store(plan, cache, i)
+    return _Part(store, pool.pos, layer.fill, layer.table, slots)
 
 
 def _chosen(plan: Plan, cache: KVCache, i: int, blocks: Array) -> _Part:
@@ -139,6 +144,9 @@ def selected_attention(
     selector = plan.layers[x.layer].policy.selector
     with jax.named_scope("select"):
         blocks, cache = selecting.choose(plan, cache, x)
+    if placing.offloaded(plan, x.layer):
+        with jax.named_scope("fetch"):
+            blocks, cache = selecting.fetch(plan, cache, x, blocks)
     if not (selector.biased or selector.estimates):
         return stored_attention(plan, cache, x, blocks=blocks, implementation=implementation)[0], cache
     if selector.biased:

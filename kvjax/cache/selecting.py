@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import arrays
-from kvjax.cache import deferred, ops
+from kvjax.cache import deferred, ops, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.codecs.base import Field
@@ -21,6 +21,13 @@ from kvjax.policies.observation import Observation
 from kvjax.policies.selectors.base import ALWAYS, NEVER, Call, Entries
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttentionInputs
+
+FRAMEWORK = (
+    "chosen",
+    "reads",
+    "held",
+    "moved",
+)  # and held.FIELD: entries of the index that are not the selector's
 
 
 def active(plan: Plan, i: int) -> bool:
@@ -58,14 +65,14 @@ def new_slots(plan: Plan, cache: KVCache, i: int, positions: Array) -> Array:
     return jnp.where(new & (slots >= 0), slots, -1)
 
 
-def _call(plan: Plan, cache: KVCache, x: AttentionInputs | Observation) -> Call:
-    """What a selector sees of a model's call, or of an observation of one."""
+def _call(plan: Plan, cache: KVCache, x: AttentionInputs | Observation, ahead: bool = False) -> Call:
+    """What a selector sees of a model's call, or of an observation of one; ahead: with foreseen queries, if there are any."""
     i = x.layer
     observed = isinstance(x, Observation)
     prefix = "selector."
     const = {n.removeprefix(prefix): a for n, a in cache.layers[i].const.items() if n.startswith(prefix)}
     return Call(
-        q=x.q,
+        q=cache.ahead if ahead and cache.ahead is not None else x.q,
         q_pos=x.q_pos if observed else x.positions,
         fill=cache.layers[i].fill,
         stored=functools.partial(stored_entries, plan, cache, i, x.inv_freq),
@@ -90,8 +97,8 @@ def _put(plan: Plan, cache: KVCache, i: int, index: dict[str, Array]) -> KVCache
 
 
 def _own(index: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(the selector's arrays, the framework's: 'chosen' and 'reads')."""
-    ours = ("chosen", "reads")
+    """(the selector's arrays, the framework's)."""
+    ours = {n for n in index if n in FRAMEWORK or n.startswith("held.")}
     return {n: a for n, a in index.items() if n not in ours}, {n: a for n, a in index.items() if n in ours}
 
 
@@ -147,7 +154,7 @@ def choose(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCac
     """Blocks that this step reads: int32 [batch, kv_heads, n], in any order, -1 at the end."""
     i = x.layer
     selector, layer = plan.layers[i].policy.selector, cache.layers[i]
-    call = _call(plan, cache, x)
+    call = _call(plan, cache, x, ahead=True)
     own, ours = _own(layer.index)
 
     def select(own: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -224,6 +231,18 @@ def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:
     )
 
 
+def fetch(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> tuple[Array, KVCache]:
+    """(the table in ascending order, the cache with its blocks on the device), for an offloaded layer."""
+    i, table = x.layer, ascending(table)
+    selector, supplied = plan.layers[i].policy.selector, {}
+    if selector.supplies:
+        own = _own(cache.layers[i].index)[0]
+        supplied = selector.supply(
+            own, _call(plan, cache, x), slot_numbers(jnp.maximum(table, 0), plan.block(i))
+        )
+    return table, placing.fetch(plan, cache, i, table, supplied)
+
+
 def slots_read(table: Array, fill: Array, block: int) -> Array:
     """int32 [batch, kv_heads, n]: filled slots in each block of a table, 0 where it is -1."""
     return jnp.where(table < 0, 0, jnp.clip(fill[..., None] - table * block, 0, block))
@@ -238,6 +257,9 @@ def gather(plan: Plan, cache: KVCache, i: int, table: Array) -> tuple[dict[str, 
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     lengths = jnp.sum(slots_read(table, layer.fill, block), axis=-1)
     at = jnp.maximum(table, 0)
+    if pool.host is not None:  # `fetch` has put this table's blocks into the index
+        store = {n: layer.index[f"held.{n}"] for n in pool.store}
+        return store, None if pool.pos is None else ops.take_slots(pool.pos, slot_numbers(at, block)), lengths
 
     def take(x: Array, field: Field) -> Array:
         inner, part = len(field.before), block // field.per

@@ -25,6 +25,8 @@ class Pool:
     # None (deferred codecs without eviction): slot n holds position `codec.sink` + n.
     pos: Array | None
     slot_state: dict[str, Array]  # like `pos`, with a suffix per name; moves with the entry
+    # Offloaded layers only: the prompt's fields in another memory; `store` then holds the slots from `Layer.start` on.
+    host: dict[str, Array] | None = None
 
 
 @struct.dataclass
@@ -48,6 +50,9 @@ class Layer:
     const: dict[str, Array]  # calibration arrays of this layer's scorer, and 'selector.*' of its selector
     residual: Residual | None = None  # only with a deferred codec
     index: dict[str, Array] | None = None  # only with a selector: see `kvjax.policies.selectors.base`
+    start: Array | None = (
+        None  # int32 [batch, kv_heads], offloaded layers only: slot of the first entry of `Pool.store`
+    )
 
 
 @struct.dataclass
@@ -82,6 +87,7 @@ class KVCache:
     # Within one call only, None between calls:
     token_ids: Any = None  # int32 [batch, tokens] this call's tokens, for scorers that need them
     hidden: Any = None  # [batch, tokens, embed] of the layer before, for selectors that need 'before'
+    ahead: Any = None  # [batch, q_heads, 1, head_dim] this layer's queries as the layer before foresaw them
     shared: Any = None  # scores of the first layer of a group that reuses them
     moved: Any = None  # int32 [batch] next position after keys were re-rotated in this call
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from kvjax.arrays import itembits, nbytes
+from kvjax.cache import selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.sharding import to_host
@@ -44,7 +45,11 @@ def _layer_bytes(plan: Plan, cache: KVCache, i: int) -> float:
     selector = policy.selector
     if selector is None:
         return total + float(stored.sum()) * slot
-    specs = {n: s for n, s in plan.index_specs(i).items() if n not in ("reads", "chosen")}
+    specs = {
+        n: s
+        for n, s in plan.index_specs(i).items()
+        if n not in selecting.FRAMEWORK and not n.startswith("held.")
+    }
     filled = float(stored.sum()) / max(1, stored.size * lp.capacity)
     slots = lp.capacity
     scanned = selector.scanned(specs, slots, plan.batch, shape) * min(1.0, filled)
@@ -55,6 +60,29 @@ def _layer_bytes(plan: Plan, cache: KVCache, i: int) -> float:
     read = np.where(read > 0, read, planned)
     shared = selector.interval if not selector.triggered else 1
     return total + float(read.sum()) * slot + scanned / shared
+
+
+def moved_bytes(plan: Plan, cache: KVCache) -> float:
+    """Bytes that the last decode step moved from host memory to the device, all layers and rows together."""
+    total = 0.0
+    for i, lp in enumerate(plan.layers):
+        if not lp.offloaded:
+            continue
+        layer = cache.layers[i]
+        if lp.policy.selector is None:
+            slots = int(to_host(layer.start).astype(np.int64).sum())
+        else:
+            slots = int(to_host(layer.index["moved"]).astype(np.int64).sum()) * plan.block(i)
+        total += slots * moved_per_slot(plan, i)
+    return total
+
+
+def moved_per_slot(plan: Plan, i: int) -> float:
+    """Bytes that fetching one entry of an offloaded layer moves: its fields but for those that the selector supplies."""
+    lp, shape = plan.layers[i], plan.shape
+    specs = lp.policy.codec.specs((), ("slots",), plan.block(i), shape.head_dim, shape.dtype)
+    supplied = frozenset() if lp.policy.selector is None else lp.policy.selector.supplies
+    return nbytes([s for n, s in specs.items() if n not in supplied]) / plan.block(i)
 
 
 def selector_memory(plan: Plan) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvjax import attend, probe
-from kvjax.cache import ops
+from kvjax.cache import ops, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.compress import finish
@@ -99,12 +99,15 @@ def extend(
     compress: bool,
     all_logits: bool = False,
     implementation: str | None = None,
+    host: placing.Host | None = None,
 ) -> tuple[Array, KVCache]:
     """More tokens on an existing cache: a prefill chunk (compress=True) or a question after it (False).
 
     Returns the last token's logits f32 [batch, vocab] of each row, or with `all_logits` those of every token
-    f32 [batch, tokens, vocab], and the cache. A row without valid tokens keeps its entries.
+    f32 [batch, tokens, vocab], and the cache. A row without valid tokens keeps its entries. host: the part of an
+    offloaded cache that is not donated (`placing.detach`); the cache that returns has its host part only if compress.
     """
+    cache = placing.attach(cache, host)
     if compress and plan.policy.rerotate:
         # Callers count positions from the start of the prompt; stored keys have moved to the front.
         positions = jnp.where(positions >= 0, positions + (cache.next_position - cache.length)[:, None], -1)
@@ -115,6 +118,8 @@ def extend(
     fn = attend.prefill(plan, fresh=False, compress=compress, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
     cache = finish(plan, cache, positions)
+    if host is not None and not compress:
+        cache = placing.detach(cache)[0]
     return lm.logits(params, hidden if all_logits else _last_hidden(hidden, positions)), cache
 
 
@@ -192,8 +197,12 @@ def decode(
     steps: Array,
     *,
     implementation: str | None = None,
+    host: placing.Host | None = None,
 ) -> DecodeState:
-    """Up to `steps` more tokens per row in one device loop, without a host sync; stops when all rows are done."""
+    """Up to `steps` more tokens per row in one device loop, without a host sync; stops when all rows are done.
+
+    host: the part of an offloaded cache that is not donated; `state.cache` is without it (`placing.detach`).
+    """
 
     def more(carry: tuple[Array, DecodeState]) -> Array:
         i, state = carry
@@ -201,7 +210,10 @@ def decode(
 
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, state = carry
-        logits, cache = step(lm, plan, params, state.cache, state.last, ~state.done, implementation)
+        cache = placing.attach(state.cache, host)
+        logits, cache = step(lm, plan, params, cache, state.last, ~state.done, implementation)
+        if host is not None:
+            cache = placing.detach(cache)[0]
         logits = constrain(logits, ("batch", "vocab"))
         return i + 1, _emit(state.replace(cache=cache), logits, settings, stop, limit)
 

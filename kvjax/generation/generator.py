@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kvjax.cache import ops
+from kvjax.cache import ops, placing, traffic
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.generation import engine
@@ -53,6 +53,10 @@ class Generator:
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
+        if self.policy.placement is not None and self.mesh is not None and self.mesh.size > 1:
+            raise ValueError(
+                f"{self.policy.name}: offload works on one device, the mesh has {self.mesh.size}"
+            )
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"the prefill chunk must be at least 1 token, got {self.chunk}")
 
@@ -100,7 +104,13 @@ class Generator:
             raise ValueError("no prompt was given")
         self.check(lengths, reserve)
         plan = self.plan(len(prompts), max(lengths), reserve)
-        need = plan.nbytes()
+        need, far = plan.device_nbytes(), plan.host_nbytes()
+        free = free_host_bytes() if far else None
+        if free is not None and far > free:
+            raise MemoryError(
+                f"{self.policy.name}: offload needs {far:,} bytes of host memory ({len(prompts)} rows of {plan.prompt} "
+                f"tokens), {free:,} are available"
+            )
         if self.memory_limit is not None and need > self.memory_limit:
             raise MemoryError(
                 f"the cache needs {need:,} bytes ({len(prompts)} rows of {plan.prompt}+{plan.reserve} tokens, "
@@ -110,7 +120,8 @@ class Generator:
         with self._context(), _memory(need):
             logits, cache = self._prefill(plan, prompts)
             logits.block_until_ready()
-        return Session(self, plan, cache, logits, lengths, time.perf_counter() - start)
+            cache, host = _apart(plan, cache)
+        return Session(self, plan, cache, logits, lengths, time.perf_counter() - start, host=host)
 
     def _prefill(self, plan: Plan, prompts: Sequence[Tokens]) -> tuple[jax.Array, KVCache]:
         longest = max(len(p) for p in prompts)
@@ -125,6 +136,7 @@ class Generator:
         logits = None
         for at in range(0, tokens.shape[1], self.chunk):
             part = slice(at, at + self.chunk)
+            cache, host = _apart(plan, cache)
             new, cache = engine.extend(
                 self.lm,
                 plan,
@@ -134,6 +146,7 @@ class Generator:
                 positions[:, part],
                 compress=True,
                 implementation=self.implementation,
+                host=host,
             )
             ends = np.any(positions[:, part] >= 0, axis=1, keepdims=True)
             logits = new if logits is None else jnp.where(ends, new, logits)
@@ -179,11 +192,22 @@ class Session:
     prefill_s: float
     decode_s: float = 0.0
     new_tokens: int = 0
+    host: placing.Host | None = None  # the part of an offloaded cache that is not donated
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the compressed prompt, as allocated (room for generated tokens not counted)."""
         return self.plan.prompt_only().nbytes()
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """Of `cache_bytes`, those in host memory."""
+        return self.plan.prompt_only().host_nbytes()
+
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes that the last decode step moved from host memory to the device."""
+        return traffic.moved_bytes(self.plan, self.cache)
 
     @property
     def full_cache_bytes(self) -> int:
@@ -215,6 +239,7 @@ class Session:
                 positions,
                 compress=False,
                 implementation=g.implementation,
+                host=self.host,
             )
             has = np.asarray([len(m) > 0 for m in more])[:, None]
             self.logits = jnp.where(has, new, self.logits)
@@ -280,6 +305,7 @@ class Session:
                     limits,
                     steps,
                     implementation=g.implementation,
+                    host=self.host,
                 )
             state.tokens.block_until_ready()
         self.cache = state.cache
@@ -315,6 +341,23 @@ class Session:
             shown[i] = len(row)
             if stop is not None and stop(i, row):
                 ended[i] = True
+
+
+def _apart(plan: Plan, cache: KVCache) -> tuple[KVCache, placing.Host | None]:
+    """(the donated part of a cache, its host part as the next call reads it); all of it and None without offload."""
+    if not placing.offloads(plan):
+        return cache, None
+    cache, host = placing.detach(cache)
+    return cache, placing.readable(host)
+
+
+def free_host_bytes() -> int | None:
+    """Bytes of host memory that a program may still take; None where the system does not tell."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
 
 
 def pad_right(rows: Sequence[Tokens], width: int) -> tuple[np.ndarray, np.ndarray]:

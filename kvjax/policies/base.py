@@ -292,9 +292,18 @@ class Policy:
     def needs(self) -> frozenset[str]:
         """Observation fields that a caller must supply."""
         selector = frozenset() if self.selector is None else self.selector.needs
+        if self.looks_ahead:
+            selector |= {"ahead"}
         if self.scorer is None:
             return selector
         return selector | self.scorer.needs | self.allocator.needs | self.reducer.needs
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True when a layer's blocks are chosen with the queries that the layer before foresaw."""
+        if self.selector is None:
+            return False
+        return self.selector.ahead or (self.placement is not None and self.placement.ahead)
 
     def __or__(self, other: Policy) -> Policy:
         """Compose; ValueError when both set the same part explicitly."""

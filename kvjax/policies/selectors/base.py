@@ -106,6 +106,10 @@ class Selector:
     """True when `bias` changes logits: attention then gathers in XLA."""
     triggered: ClassVar[bool] = False
     """True when `due` decides at which steps to select anew."""
+    ahead: ClassVar[bool] = False
+    """True to choose with the queries that the layer before foresaw (`AttentionInputs.ahead`); a field may have that name."""
+    supplies: ClassVar[frozenset[str]] = frozenset()
+    """Stored fields that `supply` computes, so that an offloaded layer does not fetch them."""
     reorders: ClassVar[bool] = False
     """True when `order` moves stored entries, so that what belongs together shares a page."""
 
@@ -184,6 +188,11 @@ class Selector:
         """Partial attention over summaries of what was not read, merged by its log-sum-exp: (out f32 [batch, q_heads, 1,
         head_dim], lse f32 [batch, q_heads, 1]). chosen: bool [batch, kv_heads, units]. None: what is not read is lost."""
         return None
+
+    def supply(self, index: Index, call: Call, slots: Array) -> dict[str, Array]:
+        """The fields of `supplies` [batch, kv_heads, n, ...] at slots int32 [batch, kv_heads, n] of the prompt, from the
+        index; slots outside it may give anything finite."""
+        return {}
 
     def scanned(self, specs: dict[str, ArraySpec], slots: int, batch: int, shape: ModelShape) -> float:
         """Bytes that one selection reads when all `slots` slots of a layer are filled. The default: the whole index."""

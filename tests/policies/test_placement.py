@@ -1,0 +1,164 @@
+"""Offload: the same tokens as on the device, bytes where they are said to be, and only what is missing moves."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax.policies as P
+from kvjax import arrays
+from kvjax.cache import placing, traffic
+from kvjax.cache.plan import Plan
+from kvjax.generation import engine, generator
+from kvjax.generation.generator import Generator
+from tests.toy import Toy, ragged, steps
+
+LM = Toy()
+LENGTHS = (150, 97, 11)
+QUEST = "quest(read=12, page=4, skip_layers=0)"
+STEPS = np.random.default_rng(1).integers(0, 64, (3, 12))
+
+
+@functools.cache
+def run(spec, reserve=16):
+    plan = Plan(P.parse(spec), LM.shape, 3, 160, reserve)
+    _, cache = engine.prefill(LM, plan, LM.init(), *ragged(LENGTHS, 160))
+    logits, after = steps(LM, plan, LM.init(), cache, STEPS)
+    return plan, cache, np.asarray(logits), after
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QUEST,
+        "int8",
+        "quest(read=0.5, page=8, skip_layers=0) | kivi(bits=4, group=8, residual=64)",
+        "snapkv(budget=48, window=4) | quest(read=12, page=4, skip_layers=0)",
+    ],
+)
+def test_offloaded_equals_on_device_to_the_bit(spec):
+    plan, cache, got, after = run(f"{spec} | offload")
+    _, _, want, _ = run(spec)
+    assert np.array_equal(got, want)
+    assert any(lp.offloaded for lp in plan.layers)
+    assert arrays.nbytes(cache) == arrays.nbytes(after) == plan.nbytes()
+    in_host = sum(arrays.nbytes(p.host) for p in cache.pools if p.host is not None)
+    assert in_host == plan.host_nbytes() > 0
+    assert plan.device_nbytes() + plan.host_nbytes() == plan.nbytes()
+
+
+def test_without_a_selector_every_step_moves_everything():
+    plan, _, _, after = run("int8 | offload")
+    slots = sum(int(layer.start.sum()) for layer in after.layers)
+    assert traffic.moved_bytes(plan, after) == slots * 2 * (8 + 4) > 0  # codes and a float32 scale
+
+
+def test_bytes_on_each_side():
+    """2 layers, 3 rows, 2 heads of 8 float32 channels, 160 + 16 slots, read 12 of pages of 4."""
+    plan = Plan(P.parse(f"{QUEST} | offload(recent=8)"), LM.shape, 3, 160, 16)
+    heads, entry = 2 * 3 * 2, 2 * 8 * 4
+    assert plan.host_nbytes() == heads * 160 * entry
+    # The tail: 1 + 8 recent ones, the rest of their page, 16 new ones and one group, in whole pages: 32 slots.
+    tail, held = heads * 32 * entry, heads * (3 * 4 * entry + 3 * 4)
+    bounds, positions = heads * 176 // 4 * entry, heads * 176 * 4
+    counts = heads * 4 * (3 + 1 + 2)  # fill, next slot, limit; start; entries read, blocks moved
+    assert plan.device_nbytes() == tail + held + bounds + positions + counts + 4 * 3 * 4
+
+
+def test_only_blocks_that_were_not_read_before_move():
+    plan, cache, _, _ = run(f"{QUEST} | offload")
+    held = [np.full((3, 2, 3), -1) for _ in range(2)]
+    for token in STEPS.T[:6]:
+        _, cache = steps(LM, plan, LM.init(), cache, token[:, None])
+        moved = 0
+        for i, layer in enumerate(cache.layers):
+            table, start = np.asarray(layer.index["held"]), np.asarray(layer.start)
+            for b, h in np.ndindex(3, 2):
+                new = {n for n in table[b, h] if n >= 0 and n * 4 < start[b, h]} - set(held[i][b, h])
+                assert layer.index["moved"][b, h] == len(new)
+                moved += len(new)
+            held[i] = table
+        assert traffic.moved_bytes(plan, cache) == moved * 4 * 2 * 8 * 4
+    assert 0 < moved < 3 * 2 * 2 * 3  # the last step found some of its blocks, not all
+
+
+def test_held_blocks_are_the_stored_entries():
+    plan, cache, _, after = run(f"{QUEST} | offload")
+    for i, layer in enumerate(after.layers):
+        whole = placing.whole_store(plan, after, i)
+        table = np.asarray(layer.index["held"])
+        for b, h in np.ndindex(3, 2):
+            for place, block in enumerate(table[b, h]):
+                n = min(4, int(layer.fill[b, h]) - 4 * block) if block >= 0 else 0
+                for name, x in whole.items():
+                    got = layer.index[f"held.{name}"][b, h, 4 * place : 4 * place + n]
+                    assert np.array_equal(got, x[b, h, 4 * block : 4 * block + n])
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_sessions_with_questions_and_chunks(chunk):
+    rng = np.random.default_rng(0)
+    prompts = [list(rng.integers(0, 64, n)) for n in LENGTHS]
+    more = [list(rng.integers(0, 64, n)) for n in (5, 0, 9)]
+    out = {}
+    for spec in (QUEST, f"{QUEST} | offload"):
+        session = Generator(LM, LM.init(), P.parse(spec), chunk=chunk).prefill(prompts, 32)
+        session.extend(more)
+        out[spec] = [o.tokens for o in session.decode([12] * 3)]
+    assert out[QUEST] == out[f"{QUEST} | offload"]
+    assert session.host_cache_bytes == session.plan.prompt_only().host_nbytes() > 0
+    assert session.moved_bytes > 0
+
+
+def test_ahead_chooses_with_the_next_layers_projection():
+    """The queries that layer 0 foresees for layer 1 are its input times layer 1's projection; layer 0 has its own."""
+    lm, seen = Toy(), {}
+    params = lm.init()
+
+    def attend(x, cache):
+        seen[x.layer] = (x, None if x.ahead is None else x.ahead())
+        return jnp.zeros_like(x.q), cache
+
+    tokens, positions = jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), 7)
+    lm.hidden(params, tokens, positions, None, attend)
+    # Without attention's output the residual stream is the same in both layers, so foreseen and true queries agree.
+    assert np.allclose(seen[0][1], seen[1][0].q, atol=1e-5) and seen[1][1] is None
+    plan, _, got, after = run(f"{QUEST} | offload(ahead=True)")
+    _, _, want, base = run(f"{QUEST} | offload")
+    assert plan.policy.looks_ahead and after.ahead is None
+    first = [{n: np.asarray(x) for n, x in c.layers[0].index.items() if n != "moved"} for c in (after, base)]
+    assert all(np.array_equal(first[0][n], x) for n, x in first[1].items())  # layer 0 chooses as always
+    assert not np.array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("h2o(budget=0.5) | offload", "eviction while decoding"),
+        ("kvzip(budget=0.5) | offload", "does not compose"),
+        ("adakv(budget=0.5) | quest(read=0.5) | offload", "Ragged"),
+    ],
+)
+def test_what_does_not_compose_says_why(spec, words):
+    with pytest.raises(ValueError, match=words):
+        Plan(P.parse(spec), LM.shape, 1, 64, 8)
+    with pytest.raises(ValueError, match="negative"):
+        P.parse("quest | offload(recent=-1)")
+
+
+def test_too_little_host_memory_is_told_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(generator, "free_host_bytes", lambda: 1000)
+    with pytest.raises(MemoryError, match=r"needs [\d,]+ bytes of host memory .* 1,000 are available"):
+        Generator(LM, LM.init(), P.parse(f"{QUEST} | offload")).prefill([[1] * 100], 8)
+
+
+def test_a_mesh_is_refused():
+    mesh = jax.make_mesh((1,), ("data",))
+    Generator(LM, None, P.parse(f"{QUEST} | offload"), mesh=mesh)
+    if len(jax.devices()) > 1:
+        with pytest.raises(ValueError, match="one device"):
+            Generator(LM, None, P.parse(f"{QUEST} | offload"), mesh=jax.make_mesh((2,), ("data",)))
