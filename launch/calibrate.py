@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kvjax.policies import calibration
 from launch import cli
-from launch.calibration import codecs, duo, heads, queries
+from launch.calibration import codecs, duo, heads, keys, queries
 from launch.session import Session, define_model_flags, open_session
 
 # method -> (samples, tokens of each) that make a usable file; --samples and --length replace them
@@ -31,6 +31,8 @@ SIZES = {
     "compresskv": (48, 448),
     "razorattention": (8, 1024),
     "duoattention": (200, 448),
+    "pq_refined": (12, 7936),
+    "a2ats": (12, 4096),
     **{method: (48, 2048) for method in codecs.METHODS},
 }
 
@@ -47,6 +49,10 @@ def measure(
         return heads.echo_induction(session, count, length, step)
     if method == "duoattention":
         return duo.gates(session, count, length, step)
+    if method == "pq_refined":
+        return keys.key_codes(session, count, length, step)
+    if method == "a2ats":
+        return keys.a2ats(session, count, length, step)
     if method in codecs.METHODS:
         return codecs.arrays(method, session, count, length, step)
     found = heads.retrieval(session, count, length, step)

@@ -134,6 +134,7 @@ def step(
 ) -> tuple[Array, KVCache]:
     """One decode step: tokens int32 [batch] enter the cache, logits f32 [batch, vocab] come out."""
     positions = jnp.where(active, cache.next_position, -1)[:, None]
+    cache = _with_tokens(plan, cache, tokens[:, None])
     fn = attend.decode(plan, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens[:, None], positions, cache, fn)
     cache = finish(plan, cache, positions)

@@ -65,6 +65,46 @@ class PageBounds(Selector):
 
 
 @dataclasses.dataclass(frozen=True)
+class SubChunkBounds(PageBounds):
+    """Pages of `page` slots by the best bound of their sub-chunks of `chunk` slots (LServe).
+
+    index: bounds [batch, kv_heads, sub-chunks, 2 head_dim], as `PageBounds`. least: entries that every head reads at
+    least, so that heads with few entries (streaming heads) are read whole.
+    """
+
+    page: int = 64
+    chunk: int = 16
+    least: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chunk < 1 or self.page % self.chunk:
+            raise ValueError(f"LServe: page={self.page} must be a multiple of chunk={self.chunk}")
+
+    @property
+    def fine(self) -> PageBounds:
+        """The bounds of the sub-chunks."""
+        return PageBounds(1.0, page=self.chunk, over=self.over)
+
+    def specs(self, batch: int, slots: int, shape: ModelShape) -> dict[str, ArraySpec]:
+        """Bounds of every sub-chunk."""
+        return self.fine.specs(batch, slots, shape)
+
+    def append(self, index: Index, entries: Entries, call: Call) -> Index:
+        """Widen the bounds of the sub-chunks that got entries."""
+        return self.fine.append(index, entries, call)
+
+    def score(self, index: Index, call: Call) -> tuple[Array, Index]:
+        """The largest bound of a page's sub-chunks."""
+        scores, _ = self.fine.score(index, call)
+        return jnp.max(scores.reshape(*scores.shape[:2], -1, self.page // self.chunk), axis=-1), index
+
+    def entries(self, stored: int) -> int:
+        """At least `least`."""
+        return min(stored, max(super().entries(stored), self.least))
+
+
+@dataclasses.dataclass(frozen=True)
 class ExactTopK(Selector):
     """The oracle: every stored key is scored. score = q.k, combined over the group; reads all keys to choose."""
 
