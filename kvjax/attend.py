@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import compensation, deferred, ops, placing, selecting
+from kvjax.cache import prefix as shared
 from kvjax.cache.plan import Plan
+from kvjax.cache.prefix import Prefix
 from kvjax.cache.read import selected_attention, stored_attention
 from kvjax.cache.state import KVCache, View
 from kvjax.compress import evict_step, store
@@ -22,12 +24,20 @@ from kvjax.sparse_prefill import sparse_attention
 from kvjax.types import Array, AttendFn, AttentionInputs
 
 
-def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: str | None = None) -> AttendFn:
+def prefill(
+    plan: Plan,
+    *,
+    fresh: bool,
+    compress: bool = True,
+    prefix: Prefix | None = None,
+    implementation: str | None = None,
+) -> AttendFn:
     """AttendFn for a prompt or a chunk of one. Call `finish` once after all layers.
 
     fresh: the cache is empty (whole-prompt prefill), so attention covers the new tokens only. compress: apply
     the policy, its prefill pattern included; False appends the new tokens (a question after a compressed context), except that policies which
-    evict while decoding, and sliding layers, return to their limit.
+    evict while decoding, and sliding layers, return to their limit. prefix: what all rows attend to beside their
+    own entries; it precedes them.
     """
 
     def attend(x: AttentionInputs, cache: KVCache) -> tuple[Array, KVCache]:
@@ -42,7 +52,7 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
                 f"{lp.policy.name}: entries that {type(codec).__name__} has encoded cannot be scored against later "
                 "chunks; prefill the whole prompt at once, or use a codec of single tokens without a window"
             )
-        new = _new_entries(plan, x)
+        new = new_entries(plan, x)
         if fresh:
             entries, k, v = new, x.k, x.v
             pos = entries.pos
@@ -63,7 +73,9 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
         with jax.named_scope("prefill_attention"):
             if pattern is not None and pattern.applies(k.shape[2]):
                 seen = observation(plan, x, cache, k, v, pos, prefilling=True)
-                out, lse = sparse_attention(pattern, seen, aligned=fresh, implementation=implementation)
+                out, lse = sparse_attention(
+                    pattern, seen, aligned=fresh, partial=prefix is not None, implementation=implementation
+                )
             else:
                 out, lse = prefill_attention(
                     x.q,
@@ -76,8 +88,12 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
                     softcap=x.softcap,
                     causal_aligned=fresh,
                     return_lse=True,
+                    partial=prefix is not None,
                     implementation=implementation,
                 )
+            if prefix is not None:
+                out, lse = shared.attend(x, prefix.layers[i], out, lse, implementation)
+                out = out.astype(x.q.dtype)
         if not fresh and compensation.counts_slots(plan, i):
             count = jnp.where(entries.pos >= 0, entries.slot_state[LOG_COUNT], 0.0)
             count, key, value = compensation.most_numerous(count, k, v)
@@ -85,18 +101,35 @@ def prefill(plan: Plan, *, fresh: bool, compress: bool = True, implementation: s
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
             return out, _remember(plan, _settle(plan, _append(plan, cache, x), i), x)
-        obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
-        if codec.scorer is not None:
-            with jax.named_scope("saliency"):
-                saliency = codec.scorer.score(obs, {})[0]
-            entries = entries.replace(slot_state={**entries.slot_state, "saliency": saliency})
-        cache = store(plan, cache, obs, entries, compress=compress, fresh=fresh)
-        return out, _remember(plan, _settle(plan, cache, i), x)
+        return out, score_and_store(plan, cache, x, entries, k, v, lse, compress=compress, fresh=fresh)
 
     return attend
 
 
-def _new_entries(plan: Plan, x: AttentionInputs) -> View:
+def score_and_store(
+    plan: Plan,
+    cache: KVCache,
+    x: AttentionInputs,
+    entries: View,
+    k: Array,
+    v: Array,
+    lse: Array,
+    *,
+    compress: bool,
+    fresh: bool,
+) -> KVCache:
+    """What follows attention in prefill: observe all entries k, v, score them, and store what the policy keeps."""
+    scorer = plan.layers[x.layer].policy.codec.scorer
+    obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
+    if scorer is not None:
+        with jax.named_scope("saliency"):
+            saliency = scorer.score(obs, {})[0]
+        entries = entries.replace(slot_state={**entries.slot_state, "saliency": saliency})
+    cache = store(plan, cache, obs, entries, compress=compress, fresh=fresh)
+    return _remember(plan, _settle(plan, cache, x.layer), x)
+
+
+def new_entries(plan: Plan, x: AttentionInputs) -> View:
     """This call's tokens as candidates for storage."""
     lp = plan.layers[x.layer]
     b, h, t, _ = x.k.shape
@@ -165,8 +198,11 @@ def observation(
     )
 
 
-def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
-    """AttendFn for one new token a row (positions -1: the row is finished and nothing changes)."""
+def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | None = None) -> AttendFn:
+    """AttendFn for one new token a row (positions -1: the row is finished and nothing changes).
+
+    prefix: what all rows attend to beside their own entries.
+    """
 
     def attend(x: AttentionInputs, cache: KVCache) -> tuple[Array, KVCache]:
         i = x.layer
@@ -179,12 +215,22 @@ def decode(plan: Plan, *, implementation: str | None = None) -> AttendFn:
             if compensation.counts_slots(plan, i):
                 result = compensation.stored_attention(plan, cache, x, implementation=implementation), None
             elif selecting.active(plan, i):
-                out, cache = selected_attention(plan, cache, x, implementation=implementation)
-                result = out, None
+                out, second, cache = selected_attention(
+                    plan, cache, x, return_lse=prefix is not None, implementation=implementation
+                )
+                result = out, second
             else:
                 result = stored_attention(
-                    plan, cache, x, return_mass=want_mass, implementation=implementation
+                    plan,
+                    cache,
+                    x,
+                    return_mass=want_mass,
+                    return_lse=prefix is not None,
+                    implementation=implementation,
                 )
+            if prefix is not None:
+                out, _ = shared.attend(x, prefix.layers[i], *result, implementation)
+                result = out.astype(x.q.dtype), None
         out, mass = result
         out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:

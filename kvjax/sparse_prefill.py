@@ -12,15 +12,20 @@ from kvjax.types import Array
 
 
 def sparse_attention(
-    pattern: PrefillPattern, obs: Observation, *, aligned: bool, implementation: str | None
+    pattern: PrefillPattern,
+    obs: Observation,
+    *,
+    aligned: bool,
+    partial: bool = False,
+    implementation: str | None = None,
 ) -> tuple[Array, Array]:
     """(out [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens] over the blocks that were read).
 
-    obs: this call's queries and all entries. aligned: queries and entries are the same tokens. Rows padded in front
-    are moved to the front first, so that blocks, and with them the result, do not depend on the side of the padding.
+    obs: this call's queries and all entries. aligned: queries and entries are the same tokens. partial: `out` in
+    float32. Rows padded in front are moved to the front first, so that blocks, and with them the result, do not depend on the side of the padding.
     """
     if not aligned:
-        return _attend(pattern, obs, aligned, implementation)
+        return _attend(pattern, obs, aligned, partial, implementation)
     q_pos = obs.need("q_pos")
     start = jnp.argmax(q_pos >= 0, axis=1)
 
@@ -33,13 +38,13 @@ def sparse_attention(
     q, k, v, at = shifted(-start, obs.need("q"), obs.k, obs.v, q_pos)
     pos = jnp.broadcast_to(at[:, None], obs.pos.shape)
     moved = obs.replace(q=q, k=k, v=v, q_pos=at, pos=pos)  # type: ignore[attr-defined]
-    out, lse = _attend(pattern, moved, aligned, implementation)
+    out, lse = _attend(pattern, moved, aligned, partial, implementation)
     out, lse = shifted(start, out, lse)
     return out, lse
 
 
 def _attend(
-    pattern: PrefillPattern, obs: Observation, aligned: bool, implementation: str | None
+    pattern: PrefillPattern, obs: Observation, aligned: bool, partial: bool, implementation: str | None
 ) -> tuple[Array, Array]:
     q_pos = obs.need("q_pos")
     return prefill_attention(
@@ -54,5 +59,6 @@ def _attend(
         causal_aligned=aligned,
         blocks=pattern.blocks(obs, aligned=aligned),
         return_lse=True,
+        partial=partial,
         implementation=implementation,
     )

@@ -34,6 +34,8 @@ SUITES = {
     "generate": "generate",
     "policies": "policies",
     "selection": "selection",
+    "sparse_prefill": "sparse_prefill",
+    "shared_prefix": "shared_prefix",
 }
 _COLUMNS = (
     "name", "shape", "dtype", "implementation", "us", "gb_per_s", "tflop_per_s", "fraction_of_copy",

@@ -138,9 +138,17 @@ def _chosen(plan: Plan, cache: KVCache, i: int, blocks: Array) -> _Part:
 
 
 def selected_attention(
-    plan: Plan, cache: KVCache, x: AttentionInputs, *, implementation: str | None = None
-) -> tuple[Array, KVCache]:
-    """(out [batch, q_heads, 1, head_dim] in q's dtype, cache): attention over what the layer's selector chooses."""
+    plan: Plan,
+    cache: KVCache,
+    x: AttentionInputs,
+    *,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, Array | None, KVCache]:
+    """(out [batch, q_heads, 1, head_dim] in q's dtype, None, cache): attention over what the layer's selector chooses.
+
+    return_lse: (out f32, lse f32 [batch, q_heads, 1], cache).
+    """
     selector = plan.layers[x.layer].policy.selector
     with jax.named_scope("select"):
         blocks, cache = selecting.choose(plan, cache, x)
@@ -148,7 +156,10 @@ def selected_attention(
         with jax.named_scope("fetch"):
             blocks, cache = selecting.fetch(plan, cache, x, blocks)
     if not (selector.biased or selector.estimates):
-        return stored_attention(plan, cache, x, blocks=blocks, implementation=implementation)[0], cache
+        out, lse = stored_attention(
+            plan, cache, x, blocks=blocks, return_lse=return_lse, implementation=implementation
+        )
+        return out, lse if return_lse else None, cache
     if selector.biased:
         out, lse = _biased_attention(plan, cache, x, blocks)
     else:
@@ -158,8 +169,8 @@ def selected_attention(
     rest = selecting.estimate(plan, cache, x, blocks)
     if rest is not None:
         with jax.named_scope("merge"):
-            out = merge_partials(jnp.stack([out, rest[0]]), jnp.stack([lse, rest[1]]))[0]
-    return out.astype(x.q.dtype), cache
+            out, lse = merge_partials(jnp.stack([out, rest[0]]), jnp.stack([lse, rest[1]]))
+    return (out, lse, cache) if return_lse else (out.astype(x.q.dtype), None, cache)
 
 
 def _biased_attention(plan: Plan, cache: KVCache, x: AttentionInputs, blocks: Array) -> tuple[Array, Array]:

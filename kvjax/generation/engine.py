@@ -16,9 +16,12 @@ from flax import struct
 from kvjax import attend, probe
 from kvjax.cache import ops, placing
 from kvjax.cache.plan import Plan
+from kvjax.cache.prefix import Prefix
 from kvjax.cache.state import KVCache
 from kvjax.compress import finish
+from kvjax.generation.packing import Packed
 from kvjax.generation.sampling import SamplingArrays, sample
+from kvjax.packed_prefill import packed_prefill, unpack
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttendFn, ModelShape
 
@@ -61,6 +64,12 @@ def _with_tokens(plan: Plan, cache: KVCache, tokens: Array) -> KVCache:
     return cache.replace(token_ids=tokens) if "token_ids" in plan.policy.needs else cache
 
 
+def empty(plan: Plan, prefix: Prefix | None = None) -> KVCache:
+    """A cache without entries, for rows that follow `prefix`."""
+    cache = ops.empty(plan)
+    return cache if prefix is None else cache.replace(next_position=prefix.starts(plan.batch))
+
+
 @functools.partial(jax.jit, static_argnames=("lm", "plan", "implementation"))
 def prefill(
     lm: LanguageModel,
@@ -69,18 +78,44 @@ def prefill(
     tokens: Array,
     positions: Array,
     *,
+    prefix: Prefix | None = None,
     implementation: str | None = None,
 ) -> tuple[Array, KVCache]:
-    """Whole prompt into a new, compressed cache. Returns the last token's logits f32 [batch, vocab], cache."""
-    cache = ops.empty(plan)
+    """Whole prompt into a new, compressed cache. Returns the last token's logits f32 [batch, vocab], cache.
+
+    prefix: what all rows follow; their positions begin at its length.
+    """
+    cache = empty(plan, prefix)
     if plan.policy.probe is not None:
         hidden, cache = probe.prefill(lm, plan, params, cache, tokens, positions, implementation, fresh=True)
         return lm.logits(params, _last_hidden(hidden, positions)), cache
     cache = _with_tokens(plan, cache, tokens)
-    fn = attend.prefill(plan, fresh=True, implementation=implementation)
+    fn = attend.prefill(plan, fresh=True, prefix=prefix, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
     cache = finish(plan, cache, positions)
     return lm.logits(params, _last_hidden(hidden, positions)), cache
+
+
+@functools.partial(jax.jit, static_argnames=("lm", "plan", "implementation"))
+def prefill_packed(
+    lm: LanguageModel,
+    plan: Plan,
+    params: Any,
+    packed: Packed,
+    *,
+    prefix: Prefix | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, KVCache]:
+    """`prefill` of prompts that share rows; the cache and the logits have a row each."""
+    tokens, index = jnp.asarray(packed.tokens), jnp.asarray(packed.index)
+    cache = _with_tokens(plan, empty(plan, prefix), unpack(tokens, index, 1))
+    fn = packed_prefill(
+        plan, jnp.asarray(packed.segments), index, prefix=prefix, implementation=implementation
+    )
+    hidden, cache = lm.hidden(params, tokens, packed.positions, cache, fn)
+    cache = finish(plan, cache, jnp.where(index >= 0, unpack(packed.positions, index, 1), -1))
+    last = unpack(hidden, jnp.max(index, axis=1), 1)
+    return lm.logits(params, last), cache
 
 
 @functools.partial(
@@ -98,6 +133,7 @@ def extend(
     *,
     compress: bool,
     all_logits: bool = False,
+    prefix: Prefix | None = None,
     implementation: str | None = None,
     host: placing.Host | None = None,
 ) -> tuple[Array, KVCache]:
@@ -115,7 +151,7 @@ def extend(
         hidden, cache = probe.prefill(lm, plan, params, cache, tokens, positions, implementation, fresh=False)
         return lm.logits(params, hidden if all_logits else _last_hidden(hidden, positions)), cache
     cache = _with_tokens(plan, cache, tokens)
-    fn = attend.prefill(plan, fresh=False, compress=compress, implementation=implementation)
+    fn = attend.prefill(plan, fresh=False, compress=compress, prefix=prefix, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens, positions, cache, fn)
     cache = finish(plan, cache, positions)
     if host is not None and not compress:
@@ -131,11 +167,12 @@ def step(
     tokens: Array,
     active: Array,
     implementation: str | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[Array, KVCache]:
     """One decode step: tokens int32 [batch] enter the cache, logits f32 [batch, vocab] come out."""
     positions = jnp.where(active, cache.next_position, -1)[:, None]
     cache = _with_tokens(plan, cache, tokens[:, None])
-    fn = attend.decode(plan, implementation=implementation)
+    fn = attend.decode(plan, prefix=prefix, implementation=implementation)
     hidden, cache = lm.hidden(params, tokens[:, None], positions, cache, fn)
     cache = finish(plan, cache, positions)
     return lm.logits(params, hidden[:, 0]), cache
@@ -197,6 +234,7 @@ def decode(
     limit: Array,
     steps: Array,
     *,
+    prefix: Prefix | None = None,
     implementation: str | None = None,
     host: placing.Host | None = None,
 ) -> DecodeState:
@@ -212,7 +250,7 @@ def decode(
     def body(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         i, state = carry
         cache = placing.attach(state.cache, host)
-        logits, cache = step(lm, plan, params, cache, state.last, ~state.done, implementation)
+        logits, cache = step(lm, plan, params, cache, state.last, ~state.done, implementation, prefix)
         if host is not None:
             cache = placing.detach(cache)[0]
         logits = constrain(logits, ("batch", "vocab"))

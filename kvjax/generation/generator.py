@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kvjax.cache import ops, placing, traffic
+from kvjax.cache import placing, traffic
+from kvjax.cache import prefix as shared
 from kvjax.cache.plan import Plan
+from kvjax.cache.prefix import Prefix
 from kvjax.cache.state import KVCache
 from kvjax.generation import engine
 from kvjax.generation.buckets import bucket
+from kvjax.generation.limits import apart, check_lengths, free_host_bytes, memory_errors
+from kvjax.generation.packing import pack, packed_rows, pad_right
 from kvjax.generation.sampling import Sampling, batch_sampling
 from kvjax.policies.base import Policy
 from kvjax.sharding import to_host
@@ -40,7 +44,9 @@ class Generator:
 
     lm: see `engine.LanguageModel`. chunk: prefill at most this many tokens at once (None: the whole prompt).
     mesh: spread over this mesh; params must already be placed. page_size: of the Ragged layout.
-    memory_limit: refuse to allocate a cache of more bytes than this.
+    memory_limit: refuse to allocate a cache of more bytes than this. packing: let short prompts share rows of a
+    prefill where that saves rows; not with a chunked prefill, a prefill pattern, a probe, offload, several shared prefixes or
+    a mesh, which go on unpacked.
     """
 
     lm: engine.LanguageModel
@@ -51,6 +57,7 @@ class Generator:
     page_size: int = 16
     implementation: str | None = None
     memory_limit: int | None = None
+    packing: bool = False
 
     def __post_init__(self) -> None:
         if self.policy.placement is not None and self.mesh is not None and self.mesh.size > 1:
@@ -75,34 +82,42 @@ class Generator:
         """The same shapes without compression, for comparison."""
         return dataclasses.replace(plan, policy=Policy())
 
-    def check(self, lengths: Sequence[int], new: int) -> None:
-        """ValueError for an empty prompt, one that does not fit the context, or a budget below what is protected."""
-        limit = self.lm.shape.max_context
-        for i, n in enumerate(lengths):
-            if n < 1:
-                raise ValueError(f"prompt {i} is empty: it has no tokens")
-            if n > limit:
-                raise ValueError(
-                    f"prompt {i} has {n} tokens, the model's context is {limit}; nothing was truncated"
-                )
-            if n + new > limit:
-                raise ValueError(
-                    f"prompt {i} has {n} tokens and {new} more may follow, the model's context is {limit}; "
-                    f"ask for at most {limit - n} new tokens"
-                )
-            if self.policy.compresses and self.policy.keep(n) < min(self.policy.protected, n):
-                raise ValueError(
-                    f"{self.policy.name}: the budget keeps {self.policy.keep(n)} of {n} entries, below the "
-                    f"{self.policy.protected} that are always kept (sink={self.policy.sink} + "
-                    f"recent={self.policy.recent}); raise budget or lower them"
-                )
+    def check(self, lengths: Sequence[int], new: int, prefix: int = 0) -> None:
+        """ValueError for an empty prompt, one that does not fit the context, or a budget below what is protected.
 
-    def prefill(self, prompts: Sequence[Tokens], reserve: int = 0) -> Session:
-        """Run the prompts through the model into a compressed cache with room for `reserve` more tokens a row."""
+        prefix: tokens before each prompt.
+        """
+        check_lengths(self.lm.shape, self.policy, lengths, new, prefix)
+
+    def share(self, *prefixes: Tokens | Session) -> Prefix:
+        """Prefill a prefix that many prompts follow; it is stored once and each decode step reads it once.
+
+        Tokens are prefilled without compression and kept in the model's dtype. A session, whose policy may compress,
+        gives what its cache holds. Several prefixes serve equal, contiguous parts of a batch. Prompts that follow a
+        prefix are tokenized without a token that begins a text. ValueError on a mesh.
+        """
+        if self.mesh is not None:
+            raise ValueError("a shared prefix is not spread over a mesh; generate without one")
+        if not prefixes:
+            raise ValueError("no prefix was given")
+        if len(prefixes) == 1 and isinstance(prefixes[0], Session):
+            session = prefixes[0]
+        elif any(isinstance(p, Session) for p in prefixes):
+            raise ValueError("share either one session, whose rows are the prefixes, or token sequences")
+        else:
+            whole = dataclasses.replace(self, policy=Policy(prefill=self.policy.prefill), packing=False)
+            session = whole.prefill([list(p) for p in prefixes])  # type: ignore[arg-type]
+        return shared.of_cache(session.plan, session.cache)
+
+    def prefill(self, prompts: Sequence[Tokens], reserve: int = 0, prefix: Prefix | None = None) -> Session:
+        """Run the prompts through the model into a compressed cache with room for `reserve` more tokens a row.
+
+        prefix: from `share`; the prompts follow it, and the policy applies to their own entries only.
+        """
         lengths = [len(p) for p in prompts]
         if not lengths:
             raise ValueError("no prompt was given")
-        self.check(lengths, reserve)
+        self.check(lengths, reserve, 0 if prefix is None else int(to_host(prefix.length).max()))
         plan = self.plan(len(prompts), max(lengths), reserve)
         need, far = plan.device_nbytes(), plan.host_nbytes()
         free = free_host_bytes() if far else None
@@ -117,26 +132,36 @@ class Generator:
                 f"policy {self.policy.name}), {self.memory_limit:,} are available"
             )
         start = time.perf_counter()
-        with self._context(), _memory(need):
-            logits, cache = self._prefill(plan, prompts)
+        with self._context(), memory_errors(need):
+            logits, cache = self._prefill(plan, prompts, prefix)
             logits.block_until_ready()
-            cache, host = _apart(plan, cache)
-        return Session(self, plan, cache, logits, lengths, time.perf_counter() - start, host=host)
+            cache, host = apart(plan, cache)
+        return Session(
+            self, plan, cache, logits, lengths, time.perf_counter() - start, prefix=prefix, host=host
+        )
 
-    def _prefill(self, plan: Plan, prompts: Sequence[Tokens]) -> tuple[jax.Array, KVCache]:
+    def _prefill(
+        self, plan: Plan, prompts: Sequence[Tokens], prefix: Prefix | None
+    ) -> tuple[jax.Array, KVCache]:
         longest = max(len(p) for p in prompts)
+        starts = np.zeros((len(prompts), 1), np.int32)
+        if prefix is not None:
+            shared.check(plan, prefix)
+            starts = to_host(prefix.starts(plan.batch))[:, None]
+        options: dict[str, Any] = dict(prefix=prefix, implementation=self.implementation)
         if self.chunk is None or longest <= self.chunk:
-            tokens, positions = pad_right(prompts, plan.prompt)
-            return engine.prefill(
-                self.lm, plan, self.params, tokens, positions, implementation=self.implementation
-            )
-        cache = jax.jit(ops.empty, static_argnums=0)(plan)
+            if self._packs(plan, prompts, prefix):
+                packed = pack(prompts, plan.prompt, int(starts[0, 0]))
+                return engine.prefill_packed(self.lm, plan, self.params, packed, **options)
+            tokens, positions = pad_right(prompts, plan.prompt, starts)
+            return engine.prefill(self.lm, plan, self.params, tokens, positions, **options)
+        cache = jax.jit(engine.empty, static_argnums=0)(plan, prefix)
         cache = cache.replace(expected=jnp.asarray([len(p) for p in prompts], jnp.int32))
-        tokens, positions = pad_right(prompts, -(-longest // self.chunk) * self.chunk)
+        tokens, positions = pad_right(prompts, -(-longest // self.chunk) * self.chunk, starts)
         logits = None
         for at in range(0, tokens.shape[1], self.chunk):
             part = slice(at, at + self.chunk)
-            cache, host = _apart(plan, cache)
+            cache, host = apart(plan, cache)
             new, cache = engine.extend(
                 self.lm,
                 plan,
@@ -145,13 +170,26 @@ class Generator:
                 tokens[:, part],
                 positions[:, part],
                 compress=True,
-                implementation=self.implementation,
+                **options,
                 host=host,
             )
             ends = np.any(positions[:, part] >= 0, axis=1, keepdims=True)
             logits = new if logits is None else jnp.where(ends, new, logits)
         assert logits is not None
         return logits, cache
+
+    def _packs(self, plan: Plan, prompts: Sequence[Tokens], prefix: Prefix | None) -> bool:
+        policy = self.policy
+        if (
+            not self.packing
+            or self.mesh is not None
+            or policy.prefill is not None
+            or policy.probe is not None
+        ):
+            return False
+        if prefix is not None and prefix.groups > 1:
+            return False
+        return packed_rows([len(p) for p in prompts], plan.prompt) < plan.batch
 
     def generate(
         self,
@@ -161,14 +199,15 @@ class Generator:
         stop_tokens: Sequence[int] = (),
         stop: Callable[[int, list[int]], bool] | None = None,
         on_tokens: Callable[[int, list[int]], None] | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[list[Output], Session]:
-        """Prefill, then decode. See `Session.decode` for the arguments."""
+        """Prefill, then decode. See `prefill` for the prefix and `Session.decode` for the other arguments."""
         if not prompts:
             raise ValueError("no prompt was given")
         new = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if any(n < 1 for n in new):
             raise ValueError(f"max_new_tokens must be at least 1, got {min(new)}")
-        session = self.prefill(prompts, max(new))
+        session = self.prefill(prompts, max(new), prefix)
         return session.decode(new, sampling, stop_tokens, stop, on_tokens, prompts), session
 
     @contextlib.contextmanager
@@ -192,12 +231,14 @@ class Session:
     prefill_s: float
     decode_s: float = 0.0
     new_tokens: int = 0
+    prefix: Prefix | None = None  # not donated: other sessions read it too
     host: placing.Host | None = None  # the part of an offloaded cache that is not donated
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the compressed prompt, as allocated (room for generated tokens not counted)."""
-        return self.plan.prompt_only().nbytes()
+        """Bytes of the compressed prompt, as allocated (room for generated tokens not counted); a shared prefix once."""
+        once = 0 if self.prefix is None else self.prefix.nbytes
+        return self.plan.prompt_only().nbytes() + once
 
     @property
     def host_cache_bytes(self) -> int:
@@ -211,8 +252,11 @@ class Session:
 
     @property
     def full_cache_bytes(self) -> int:
-        """Bytes that the uncompressed prompt would take."""
-        return self.generator.full_plan(self.plan).prompt_only().nbytes()
+        """Bytes that the uncompressed prompt would take, with a prefix of its own in every row."""
+        plan = self.generator.full_plan(self.plan).prompt_only()
+        if self.prefix is not None:
+            plan = dataclasses.replace(plan, prompt=plan.prompt + int(to_host(self.prefix.length).max()))
+        return plan.nbytes()
 
     def extend(self, more: Sequence[Tokens]) -> None:
         """Append tokens to every row (a question after its context). Not compressed, except that policies which
@@ -221,7 +265,8 @@ class Session:
         if longest == 0:
             return
         g = self.generator
-        g.check([n + len(m) for n, m in zip(self.lengths, more)], 0)
+        before = 0 if self.prefix is None else int(to_host(self.prefix.length).max())
+        g.check([n + len(m) for n, m in zip(self.lengths, more)], 0, before)
         for n, m in zip(self.lengths, more):
             if n + len(m) > self.plan.prompt + self.plan.reserve:
                 raise ValueError(f"{len(m)} more tokens do not fit: {self.plan.reserve} were reserved")
@@ -238,6 +283,7 @@ class Session:
                 tokens,
                 positions,
                 compress=False,
+                prefix=self.prefix,
                 implementation=g.implementation,
                 host=self.host,
             )
@@ -304,6 +350,7 @@ class Session:
                     stops,
                     limits,
                     steps,
+                    prefix=self.prefix,
                     implementation=g.implementation,
                     host=self.host,
                 )
@@ -341,42 +388,3 @@ class Session:
             shown[i] = len(row)
             if stop is not None and stop(i, row):
                 ended[i] = True
-
-
-def _apart(plan: Plan, cache: KVCache) -> tuple[KVCache, placing.Host | None]:
-    """(the donated part of a cache, its host part as the next call reads it); all of it and None without offload."""
-    if not placing.offloads(plan):
-        return cache, None
-    cache, host = placing.detach(cache)
-    return cache, placing.readable(host)
-
-
-def free_host_bytes() -> int | None:
-    """Bytes of host memory that a program may still take; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-def pad_right(rows: Sequence[Tokens], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, positions) int32 [batch, width]; padding has token 0 and position -1."""
-    tokens = np.zeros((len(rows), width), np.int32)
-    positions = np.full((len(rows), width), -1, np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = np.asarray(row, np.int32)
-        positions[i, : len(row)] = np.arange(len(row))
-    return tokens, positions
-
-
-@contextlib.contextmanager
-def _memory(need: int) -> Iterator[None]:
-    """Turn the runtime's out-of-memory error into a MemoryError that gives the cache's bytes."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        first = str(e).splitlines()[0]
-        raise MemoryError(f"out of device memory; the cache asked for {need:,} bytes ({first})") from None

@@ -86,6 +86,7 @@ def prefill_attention_gpu(
     q_segments: Array | None = None,
     causal_aligned: bool = False,
     blocks: BlockTable | None = None,
+    partial: bool = False,
     tiling: Tiling | None = None,
 ) -> tuple[Array, Array]:
     """See `ops.prefill_attention`; operands as accepted by `unsupported`. Returns (out, lse)."""
@@ -116,7 +117,7 @@ def prefill_attention_gpu(
             plan = aligned.positions_plan(bound, k_pos, window, TILE_Q, tiling.tile_k)
         else:
             plan = aligned.sparse_positions_plan(blocks, q_size, k_size, batch, TILE_Q, tiling.tile_k)
-    out, lse = _call(q, k, v, bound, k_pos, plan, scale, window, softcap, tiling)
+    out, lse = _call(q, k, v, bound, k_pos, plan, scale, window, softcap, tiling, partial)
     return out[:, :, :tokens, :head_dim], lse[:, :, :tokens]
 
 
@@ -130,7 +131,7 @@ def transposed(ref):
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
-def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, tiling: Tiling):
+def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, tiling: Tiling, partial: bool):
     """`bounds` are lower bounds by index if `k_pos` is None, else the queries' positions."""
     batch, q_heads, tokens, head_dim = q.shape
     group = q_heads // k.shape[1]
@@ -247,10 +248,14 @@ def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, ti
             empty = total <= 0.0
             acc /= lax.broadcast_in_dim(jnp.where(empty, 1.0, total), acc.shape, [0])
             lse = jnp.where(empty, -jnp.inf, (top + jnp.log2(total)) * (1 / LOG2E))
-            q_own[...] = acc.astype(dtype)
+            if partial:  # float32 would not fit beside the ring: written straight from registers
+                out_ref.at[b, h, rows][...] = acc
+            else:
+                q_own[...] = acc.astype(dtype)
             lse_own[...] = lse
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_own, out_ref.at[b, h, rows])
+            if not partial:
+                plgpu.copy_smem_to_gmem(q_own, out_ref.at[b, h, rows])
             plgpu.copy_smem_to_gmem(lse_own, lse_ref.at[b, h, rows])
             plgpu.wait_smem_to_gmem(0)
 
@@ -299,7 +304,7 @@ def _call(q, k, v, bounds, k_pos, plan: aligned.Plan, scale, window, softcap, ti
     return plgpu.kernel(
         entry,
         out_type=(
-            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct(q.shape, jnp.float32 if partial else dtype),
             jax.ShapeDtypeStruct((batch, q_heads, tokens), jnp.float32),
         ),
         grid=(batch, tiles, q_heads),

@@ -36,6 +36,7 @@ def prefill_attention(
     causal_aligned: bool = False,
     blocks: BlockTable | None = None,
     return_lse: bool = False,
+    partial: bool = False,
     implementation: str | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of many queries over filled slots, accumulated in float32.
@@ -60,10 +61,11 @@ def prefill_attention(
         implementation skip the upper triangle and the keys before the window.
       blocks: key blocks that each query block of each head reads; None reads all.
       return_lse: also return the log-sum-exp.
+      partial: give `out` in float32, not rounded to q's dtype, to be merged with other parts.
       implementation: "xla", "mosaic_gpu" (Hopper), "mosaic_tpu", or None for the best that supports the operands on the
         platform being traced for.
 
-    Returns: out [batch, q_heads, tokens, head_dim] in q's dtype, 0 for queries that see nothing; with
+    Returns: out [batch, q_heads, tokens, head_dim] in q's dtype (float32 if `partial`), 0 for queries that see nothing; with
     `return_lse` also lse f32 [batch, q_heads, tokens], the natural log of the sum of exp(logits), -inf for
     queries that see nothing.
 
@@ -82,7 +84,7 @@ def prefill_attention(
     chosen = choose_implementation(_OP, implementation, unsupported, ("mosaic_gpu", "mosaic_tpu", "xla"))
     shared = dict(
         q_positions=q_positions, k_positions=k_positions, scale=scale, window=window, softcap=softcap,
-        q_segments=q_segments, causal_aligned=causal_aligned, blocks=blocks,
+        q_segments=q_segments, causal_aligned=causal_aligned, blocks=blocks, partial=partial,
     )  # fmt: skip
     if chosen == "mosaic_gpu":
         out, lse = gpu.prefill_attention_gpu(q, k, v, **shared)

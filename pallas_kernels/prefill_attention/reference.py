@@ -165,10 +165,12 @@ def prefill_attention_xla(
     causal_aligned: bool = False,
     blocks: BlockTable | None = None,
     block_q: int | None = None,
+    partial: bool = False,
 ) -> tuple[Array, Array]:
     """See `ops.prefill_attention`. Returns (out in q.dtype, lse f32 [batch, q_heads, tokens])."""
     batch, q_heads, tokens, _ = q.shape
     slots = k.shape[2]
+    dtype = jnp.float32 if partial else q.dtype
     with jax.named_scope("prefill_attention_xla"):
         # Empty slots may hold anything, NaN included: 0 * NaN must not reach the output.
         filled = k_positions >= 0 if k_positions.ndim == 3 else (k_positions >= 0)[:, None]
@@ -177,7 +179,7 @@ def prefill_attention_xla(
         if blocks is not None and blocks.indices.shape[-1] * 2 < k_blocks:
             return _block_sparse(
                 q, k, v_ones, blocks, q_positions, k_positions, q_segments, k_segments,
-                scale=scale, window=window, softcap=softcap,
+                scale=scale, window=window, softcap=softcap, dtype=dtype,
             )  # fmt: skip
         block = block_q or query_block_size(batch, q_heads, tokens, slots)
         keep = None
@@ -197,7 +199,7 @@ def prefill_attention_xla(
                 return attend(q_b, cut(k, axis=2), cut(v_ones, axis=2), seen)
 
             out, lse = map_query_blocks(banded, (q, q_positions, q_segments), (2, 1, 1), (0, -1, -1), block)
-            return join_blocks(out, tokens).astype(q.dtype), join_blocks(lse, tokens)
+            return join_blocks(out, tokens).astype(dtype), join_blocks(lse, tokens)
 
         outs, lses = [], []
         for start, stop in causal_segments(tokens, block) if causal_aligned else [(0, tokens)]:
@@ -217,13 +219,13 @@ def prefill_attention_xla(
             out, lse = map_query_blocks(
                 dense, (q[:, :, start:stop], q_positions[:, start:stop], q_seg), (2, 1, 1), (0, -1, -1), block
             )
-            outs.append(join_blocks(out, stop - start).astype(q.dtype))
+            outs.append(join_blocks(out, stop - start).astype(dtype))
             lses.append(join_blocks(lse, stop - start))
         return (outs[0], lses[0]) if len(outs) == 1 else (jnp.concatenate(outs, 2), jnp.concatenate(lses, 2))
 
 
 def _block_sparse(
-    q, k, v_ones, table, q_positions, k_positions, q_segments, k_segments, *, scale, window, softcap
+    q, k, v_ones, table, q_positions, k_positions, q_segments, k_segments, *, scale, window, softcap, dtype
 ):
     """Attention over the key blocks of `table`, gathered per query block: the work follows the table."""
     batch, q_heads, tokens, _ = q.shape
@@ -261,4 +263,4 @@ def _block_sparse(
         return _attend_block(q_b, gather(k_parts), gather(v_parts), seen, scale=scale, softcap=softcap)
 
     out, lse = map_query_blocks(one, (q, q_positions, q_segments), (2, 1, 1), (0, -1, -1), table.block_q)
-    return join_blocks(out, tokens).astype(q.dtype), join_blocks(lse, tokens)
+    return join_blocks(out, tokens).astype(dtype), join_blocks(lse, tokens)

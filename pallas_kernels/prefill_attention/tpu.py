@@ -72,6 +72,7 @@ def prefill_attention_tpu(
     k_segments: Array | None = None,
     causal_aligned: bool = False,
     blocks: BlockTable | None = None,
+    partial: bool = False,
     interpret: Any = False,
 ) -> tuple[Array, Array]:
     """See `ops.prefill_attention`. Returns (out in q's dtype, lse f32 [batch, q_heads, tokens])."""
@@ -116,6 +117,7 @@ def prefill_attention_tpu(
     out, lse = _launch(
         q, k, v, [c.reshape(batch, 1, q_size) for c in columns], lanes, plan, steps, tile_q, tile_k,
         scale=scale, window=window, softcap=softcap, aligned_mode=causal_aligned, interpret=interpret,
+        dtype=jnp.float32 if partial else q.dtype,
     )  # fmt: skip
     return out[:, :, :tokens], lse.reshape(batch, q_heads, q_size)[:, :, :tokens]
 
@@ -148,7 +150,22 @@ def to_column(row: Array) -> Array:
 
 
 def _launch(
-    q, k, v, columns, lanes, plan, steps, tile_q, tile_k, *, scale, window, softcap, aligned_mode, interpret
+    q,
+    k,
+    v,
+    columns,
+    lanes,
+    plan,
+    steps,
+    tile_q,
+    tile_k,
+    *,
+    scale,
+    window,
+    softcap,
+    aligned_mode,
+    interpret,
+    dtype,
 ):
     batch, q_heads, q_size, dim = q.shape
     kv_heads = k.shape[1]
@@ -254,7 +271,7 @@ def _launch(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(q.shape, dtype),
             jax.ShapeDtypeStruct((batch * q_heads, 1, q_size), jnp.float32),
         ],
         cost_estimate=pl.CostEstimate(

@@ -50,7 +50,10 @@ PATTERNS = {
     "xattention": XAttention(stride=2, threshold=0.7, block=BLOCK, min_recall=0.0),
     "flexprefill": FlexPrefill(gamma=0.6, tau=0.2, min_budget=4, block=BLOCK, sample=5, min_recall=0.0),
 }
-EVERY = pytest.mark.parametrize("name", PATTERNS)
+QUICK = ("a_shape", "minference", "xattention")  # of the tests that compile a pattern for one question
+EVERY = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in PATTERNS]
+)
 
 
 def case(seed=0, slots=SLOTS, lengths=LENGTHS, scale=3.0):

@@ -263,7 +263,9 @@ def test_kernels_lower_without_a_gpu(head_dim):
 
     def sparse_chunk(q, k, v, pos):
         table = block_table.from_mask(jnp.ones((1, 4, 4, 4), bool), block_q=128, block_k=128, ordered=True)
-        return prefill_attention_gpu(q, k, v, q_positions=pos, k_positions=pos, scale=0.1, blocks=table)
+        return prefill_attention_gpu(
+            q, k, v, q_positions=pos, k_positions=pos, scale=0.1, blocks=table, partial=True
+        )
 
     def column(q, k, pos, lse):
         return column_mass_gpu(q, k, q_positions=pos, lse=lse, scale=0.1)
