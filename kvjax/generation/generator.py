@@ -21,12 +21,10 @@ from kvjax.cache.state import KVCache
 from kvjax.generation import engine
 from kvjax.generation.buckets import bucket
 from kvjax.generation.limits import apart, check_lengths, free_host_bytes, memory_errors
-from kvjax.generation.packing import pack, packed_rows, pad_right
+from kvjax.generation.packing import Tokens, pack, packed_rows, pad_right
 from kvjax.generation.sampling import Sampling, batch_sampling
 from kvjax.policies.base import Policy
 from kvjax.sharding import to_host
-
-Tokens = Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def packed_rows(lengths: Sequence[int], capacity: int) -> int:
     return bucket(len(first_fit_decreasing(lengths, capacity)), smallest=1)
 
 
-def pack(prompts: Sequence[Sequence[int]], width: int, start: int = 0) -> Packed:
+def pack(prompts: Sequence[Tokens], width: int, start: int = 0) -> Packed:
     """Prompts in rows of `width` tokens; positions begin at `start`."""
     lengths = [len(p) for p in prompts]
     rows = first_fit_decreasing(lengths, width)

@@ -2,12 +2,14 @@
 
 Random data has no pattern to find, so queries and keys are made of parts that attention in language models shows: sinks,
 a decay with distance, topics that return, clusters of tokens that all later ones read, and noise. Every head has its own
-mix. `kept` is the share of the causal blocks that were read, `error` |out - dense| / |dense| over all heads and rows.
+mix, and two data sets differ in how far structure stands out. `kept` is the share of the causal blocks that were read,
+`dense_heads` how many heads fell back, `error` |out - dense| / |dense| over all heads and rows.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,7 @@ Row = dict[str, Any]
 
 HEADS = (32, 8, 128)  # query heads, KV heads, head_dim
 LENGTHS = {"gpu": (32768, 131072), "tpu": (32768,), "cpu": (1024,)}
+GAINS = {"peaked": (0.9, 1.2), "diffuse": (0.7, 1.1)}  # how far structure stands out from the noise
 SPECS = (
     "xattention(stride=16)",
     "xattention(stride=8)",
@@ -39,12 +42,12 @@ SMALL = ("xattention(stride=16)", "vertical_slash(vertical=32, slash=128)", "a_s
 
 
 def structured(
-    tokens: int, heads: tuple[int, int, int], dtype: Any, seed: int = 0
+    tokens: int, heads: tuple[int, int, int], dtype: Any, gains: tuple[float, float], seed: int = 0
 ) -> tuple[Array, Array, Array]:
     """q [1, q_heads, tokens, head_dim], k, v [1, kv_heads, tokens, head_dim] with logits q.k / sqrt(head_dim) of:
 
     16 (1/n) sum_i cos(w_i distance) + 7 where topics agree + 7 on clusters of 32 tokens + 15 on the first 4 + noise of
-    variance about 2, each part scaled by a factor of 0.7 to 1.1 of its own per query head.
+    variance about 2, each part but the noise scaled by a factor within `gains` of its own per query head.
     """
     q_heads, kv_heads, dim = heads
     rng = np.random.default_rng(seed)
@@ -60,7 +63,7 @@ def structured(
     for start in rng.integers(0, tokens, max(1, tokens // 2048)):
         loud[start : start + 32] = 7.0
     loud[:4] = 15.0
-    gain = rng.uniform(0.7, 1.1, (q_heads, 3, 1, 1)) * dim**0.5
+    gain = rng.uniform(*gains, (q_heads, 3, 1, 1)) * dim**0.5
     keys = jax.random.split(jax.random.key(seed), 3)
 
     @jax.jit
@@ -119,26 +122,29 @@ def rows() -> Iterator[Row]:
     """Dense first, then every pattern: its estimate alone, and the whole call."""
     small = jax.default_backend() == "cpu"
     heads, dtype = ((4, 2, 64), jnp.float32) if small else (HEADS, jnp.bfloat16)
-    for tokens in LENGTHS[jax.default_backend()]:
-        obs = observed(*structured(tokens, heads, dtype))
+    for tokens, (data, gains) in itertools.product(LENGTHS[jax.default_backend()], GAINS.items()):
+        obs = observed(*structured(tokens, heads, dtype, gains))
         shape = (1, *heads[:2], tokens, heads[2])
         flops = 4 * heads[0] * heads[2] * tokens * (tokens + 1) / 2
+        named = functools.partial(
+            timing.row, shape=shape, dtype=dtype.__name__, implementation=timing.own_name()
+        )
         whole = jax.jit(dense)
         want = whole(obs)[0]
         seconds = timing.measure(whole, obs)
-        yield timing.row("dense", shape, dtype.__name__, timing.own_name(), seconds, flops=flops)
+        yield named(f"{data}: dense", seconds=seconds, flops=flops)
         for spec in SMALL if small else SPECS:
             pattern = _pattern(spec)
             estimate = jax.jit(lambda o, p=pattern: p.blocks(o, aligned=True).indices)
             call = jax.jit(functools.partial(sparse_attention, pattern, aligned=True))
             n = -(-tokens // pattern.block)
-            kept = int((estimate(obs) >= 0).sum()) / (heads[0] * n * (n + 1) / 2)
-            named = functools.partial(
-                timing.row, shape=shape, dtype=dtype.__name__, implementation=timing.own_name()
-            )
-            row = named(f"{spec}, estimate", seconds=timing.measure(estimate, obs))
-            yield row
+            by_head = np.asarray((estimate(obs) >= 0).sum((0, 2, 3))) / (n * (n + 1) / 2)
+            yield named(f"{data}: {spec}, estimate", seconds=timing.measure(estimate, obs))
             got = call(obs)[0]
-            row = named(spec, seconds=timing.measure(call, obs), flops=flops * kept)
-            row.update(kept=kept, error=float(_error(got, want)), speedup=seconds * 1e6 / row["us"])
+            kept = float(by_head.mean())
+            row = named(f"{data}: {spec}", seconds=timing.measure(call, obs), flops=flops * kept)
+            row.update(
+                kept=kept, dense_heads=int((by_head == 1).sum()), error=float(_error(got, want)),
+                speedup=seconds * 1e6 / row["us"],
+            )  # fmt: skip
             yield row

@@ -14,8 +14,8 @@ from kvjax.cache import traffic
 from kvjax.generation import engine
 from kvjax.generation.buckets import bucket
 from kvjax.generation.generator import Generator
-from kvjax.generation.packing import pad_right
 from kvjax.generation.generator import Session as Filled
+from kvjax.generation.packing import pad_right
 from kvjax.sharding import to_host
 from launch.evaluation.runner import Cost
 from launch.evaluation.samples import Sample
