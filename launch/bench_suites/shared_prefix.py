@@ -83,13 +83,13 @@ def rows() -> Iterator[Row]:
         del copied
         high = [x.astype(jnp.float32) for x in (q, k, v, pk, pv)]
         exact = jax.jit(functools.partial(shared, implementation="xla"))(
-            *high[:3], PrefixLayer(*high[3:], pos)
+            *high[:3], PrefixLayer(k=high[3], v=high[4], pos=pos)
         )
         row = timing.row("unshared", shape, dtype.__name__, timing.own_name(), first, moved=moved)
         row["error"] = _difference(unshared, exact)
         yield row
 
-        prefix = PrefixLayer(pk, pv, pos)
+        prefix = PrefixLayer(k=pk, v=pv, pos=pos)
         call = jax.jit(shared)
         got = call(q, k, v, prefix)
         seconds = _measure(call, q, k, v, prefix)
