@@ -18,6 +18,7 @@ from absl import flags
 from tqdm import tqdm
 
 from kvjax import policies
+from kvjax.cache.prefix import Prefix
 from kvjax.generation.generator import Generator, Output
 from kvjax.generation.generator import Session as Filled
 from kvjax.generation.sampling import Sampling
@@ -36,6 +37,13 @@ def define(f: flags.FlagValues) -> None:
     )
     flags.DEFINE_multi_string("prompt", [], "text to continue; several flags make one batch", flag_values=f)
     flags.DEFINE_string("prompt_file", "", "file with the text to continue (UTF-8)", flag_values=f)
+    flags.DEFINE_string(
+        "shared_prefix_file",
+        "",
+        "file with text that every prompt follows (UTF-8); its cache is stored and read once for all prompts",
+        flag_values=f,
+    )
+    flags.DEFINE_bool("packing", False, "let short prompts share rows of the prefill", flag_values=f)
     flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate per prompt", flag_values=f)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy", flag_values=f)
     flags.DEFINE_integer("top_k", 0, "sample from the k best tokens (0: all)", flag_values=f)
@@ -58,6 +66,9 @@ def main(f: flags.FlagValues) -> None:
     """Check the flags, load the model, generate, report."""
     policy = policies.parse(f.policy)
     prompts = read_prompts(f)
+    before = read_text(f.shared_prefix_file) if f.shared_prefix_file else ""
+    if f.shared_prefix_file and not before:
+        raise ValueError(f"{f.shared_prefix_file} is empty: there is no prefix to share")
     sampling = read_sampling(f)
     check_model_flags(f)
     if f.max_new_tokens < 1:
@@ -68,12 +79,14 @@ def main(f: flags.FlagValues) -> None:
         raise ValueError("--stop is an empty string")
     with tqdm(total=3, desc="loading", disable=None, leave=False, bar_format="{desc} {bar} {elapsed}") as bar:
         session = open_session(f)
-        tokens = [session.model.tokenizer.encode(text) for text in prompts]
+        encode = session.encode if before else session.model.tokenizer.encode
+        tokens = [encode(text) for text in prompts]
         bar.update()
-        generator = session.generator(policy)
+        generator = dataclasses.replace(session.generator(policy), packing=f.packing)
+        prefix = generator.share(session.model.tokenizer.encode(before)) if before else None
         if f.warmup and not f.stream:
             bar.set_description("compiling")
-            warm_up(generator, tokens, f.max_new_tokens, sampling)
+            warm_up(generator, tokens, f.max_new_tokens, sampling, prefix)
         bar.update()
         bar.set_description("generating")
         if f.stream:
@@ -86,6 +99,7 @@ def main(f: flags.FlagValues) -> None:
             stop_tokens=session.model.tokenizer.eos_ids,
             stop=text.stop if f.stop else None,
             on_tokens=text.push if f.stream else None,
+            prefix=prefix,
         )
     report(f, session, [text.final(o) for o in outputs], filled)
 
@@ -96,16 +110,19 @@ def read_prompts(f: flags.FlagValues) -> list[str]:
         raise ValueError("give either --prompt (may be repeated) or --prompt_file")
     prompts = f.prompt
     if f.prompt_file:
-        try:
-            prompts = [pathlib.Path(f.prompt_file).read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{f.prompt_file} is not UTF-8 text: {error.reason} at byte {error.start}"
-            ) from error
+        prompts = [read_text(f.prompt_file)]
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty" + (f" ({f.prompt_file})" if f.prompt_file else ""))
     return prompts
+
+
+def read_text(path: str) -> str:
+    """The text of a file; ValueError when it is not UTF-8."""
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def read_sampling(f: flags.FlagValues) -> Sampling:
@@ -115,10 +132,15 @@ def read_sampling(f: flags.FlagValues) -> Sampling:
 
 
 def warm_up(
-    generator: Generator, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    prefix: Prefix | None = None,
 ) -> None:
     """Compile everything that `generate` needs for these prompts, by a run that ends after a few tokens."""
-    generator.generate(prompts, max_new_tokens, sampling, stop=lambda row, tokens: len(tokens) > 1)
+    stop = lambda row, tokens: len(tokens) > 1  # noqa: E731
+    generator.generate(prompts, max_new_tokens, sampling, stop=stop, prefix=prefix)
 
 
 class TextWatch:

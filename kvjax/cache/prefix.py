@@ -71,7 +71,8 @@ def of_cache(plan: Plan, cache: KVCache) -> Prefix:
             ctx = ops.context(plan, i, pos, None)
             k, v = plan.layers[i].policy.codec.decode(seen.store, plan.shape.dtype, ctx)
         most = int(jnp.max(jnp.sum(pos >= 0, axis=-1)))
-        index = ops.all_entries(pos >= 0, -(-max(most, 1) // _TILE) * _TILE)
+        tile = _TILE if most > _TILE else 8
+        index = ops.all_entries(pos >= 0, -(-max(most, 1) // tile) * tile)
         layers.append(
             PrefixLayer(
                 ops.take_slots(k, index), ops.take_slots(v, index), ops.take_slots(pos, index, fill=-1)

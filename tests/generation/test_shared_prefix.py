@@ -53,8 +53,8 @@ def test_it_is_the_unshared_run():
     (got, want), (a, b), (first, second) = both("full", "full")
     assert relative_error(got, want) < 1e-5
     assert [o.tokens for o in a] == [o.tokens for o in b] and len(a[0].tokens) == 4
-    # 37 tokens of prefix are held once, in slots of 128.
-    prefix = 2 * LM.layers * LM.kv_heads * 128 * LM.head_dim * 4 + LM.layers * LM.kv_heads * 128 * 4 + 4
+    # 37 tokens of prefix are held once, in 40 slots: keys, values, positions, and one length.
+    prefix = 4 * (LM.layers * LM.kv_heads * 40 * (2 * LM.head_dim + 1) + 1)
     assert first.prefix.nbytes == prefix
     assert first.cache_bytes == first.plan.prompt_only().nbytes() + prefix
     assert second.cache_bytes == second.full_cache_bytes

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import policies
+from kvjax.generation.generator import Generator
 from launch import generate
 from models import checkpoint, decoder
+from models.lm import DecoderLM
 
 MODEL = "kvref-draft-2m"
 PROMPT = "The old man sat by the fire and told them about the sea,"
@@ -73,6 +76,28 @@ def test_several_prompts_are_one_ragged_batch_with_each_ones_own_text(command, g
     assert [o["text"] for o in done["outputs"]] == [greedy(PROMPT), greedy(OTHER)]
     assert "text" not in done
     assert done["timings_include_compilation"] is True
+
+
+def test_a_shared_prefix_and_packed_prompts_give_the_text_of_whole_prompts(command, model, tmp_path):
+    file = tmp_path / "prefix.txt"
+    file.write_text(PROMPT)
+    encode = model.tokenizer.encode
+    whole = [encode(PROMPT) + encode(text, bos=False) for text in (OTHER, " and then")]
+    plain = Generator(DecoderLM(model.config, "float32"), model.params, policies.parse("full"))
+    want = [model.tokenizer.decode(o.tokens) for o in plain.generate(whole, NEW)[0]]
+    done = command(
+        generate, f"--prompt={OTHER}", "--prompt= and then", f"--shared_prefix_file={file}", "--packing",
+        f"--max_new_tokens={NEW}", "--nowarmup", "--json",
+    ).json  # fmt: skip
+    assert [o["text"] for o in done["outputs"]] == want
+    own = command(generate, f"--prompt={OTHER}", "--prompt= and then", "--max_new_tokens=1", "--nowarmup", "--json")
+    shape = model.config.layers * model.config.kv_heads * (2 * model.config.head_dim + 1) * 4
+    slots = -(-len(encode(PROMPT)) // 8) * 8
+    assert done["cache_bytes"] == own.json["cache_bytes"] + shape * slots + 4
+    file.write_text("")
+    assert (
+        "prefix.txt is empty" in command(generate, f"--prompt={OTHER}", f"--shared_prefix_file={file}").error
+    )
 
 
 def test_prompt_file_stream_and_chunk_give_the_same_text(command, greedy, tmp_path):
