@@ -2,7 +2,8 @@
 
     python -m launch.calibrate --method=headkv --model=kvref-22m --out=heads.safetensors
 
-Texts are generated, nothing is downloaded. A file of the same model that exists already gains the new arrays; one
+Texts are generated, or files (--texts, for codecs); nothing is downloaded.
+A file of the same model that exists already gains the new arrays; one
 of another model is refused. The file carries the model's fingerprint, and policies refuse it for another model.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,14 @@ SIZES = {
 
 
 def measure(
-    method: str, session: Session, count: int, length: int, step: Callable[[int], Any]
+    method: str,
+    session: Session,
+    count: int,
+    length: int,
+    step: Callable[[int], Any],
+    texts: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The arrays that `method` reads, by name."""
+    """The arrays that `method` reads, by name. texts: files that codecs are calibrated on beside generated tasks."""
     if method == "qfilters":
         return queries.filters(session, count, length, step)
     if method == "expected_attention":
@@ -54,7 +60,7 @@ def measure(
     if method == "a2ats":
         return keys.a2ats(session, count, length, step)
     if method in codecs.METHODS:
-        return codecs.arrays(method, session, count, length, step)
+        return codecs.arrays(method, session, count, length, step, texts)
     found = heads.retrieval(session, count, length, step)
     if method == "compresskv":
         found |= heads.layer_errors(session, count, length, found["retrieval_heads"], step)
@@ -67,6 +73,12 @@ def define(f: flags.FlagValues) -> None:
     flags.DEFINE_string("out", "", "file to write (.safetensors)", flag_values=f)
     flags.DEFINE_integer("samples", 0, "texts to measure on (0: the method's own number)", flag_values=f)
     flags.DEFINE_integer("length", 0, "tokens of a text (0: the method's own length)", flag_values=f)
+    flags.DEFINE_list(
+        "texts",
+        [],
+        "text files for codecs, in place of generated sentences (a third of the samples)",
+        flag_values=f,
+    )
     define_model_flags(f)
 
 
@@ -79,6 +91,8 @@ def main(f: flags.FlagValues) -> None:
     count, length = f.samples or SIZES[f.method][0], f.length or SIZES[f.method][1]
     if length < 96:
         raise ValueError(f"--length must be at least 96 tokens, got {length}")
+    if f.texts and f.method not in codecs.METHODS:
+        raise ValueError(f"--texts is for codecs ({', '.join(codecs.METHODS)}), not for {f.method}")
     session = open_session(f)
     limit = session.lm.shape.max_context
     if length + 64 > limit:
@@ -87,7 +101,7 @@ def main(f: flags.FlagValues) -> None:
     old = calibration.load(f.out, mark) if pathlib.Path(f.out).exists() else {}
     rounds = 2 if f.method == "compresskv" else 1
     with tqdm(total=count * rounds, desc=f.method, unit="text", disable=None) as bar:
-        found = measure(f.method, session, count, length, bar.update)
+        found = measure(f.method, session, count, length, bar.update, f.texts)
     arrays = {**old, **{n: np.asarray(x) for n, x in found.items()}}
     calibration.save(f.out, arrays, mark, {"model": session.model.name})
     for name in sorted(found):

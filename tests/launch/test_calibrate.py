@@ -10,10 +10,11 @@ import pytest
 from absl import flags
 
 from kvjax.cache.plan import Plan
+from kvjax.codecs.calibrate_capture import capture
 from kvjax.policies import calibration, parse
 from kvjax.policies.head_scores import SHIPPED
 from launch import calibrate, cli
-from launch.calibration import duo, heads, queries, samples
+from launch.calibration import codecs, duo, heads, queries, samples
 from launch.session import define_model_flags, open_session
 from models.decoder import causal_attend
 
@@ -145,7 +146,36 @@ def test_the_command_writes_a_file_that_only_its_model_accepts(tmp_path, capsys)
     assert "another model" in capsys.readouterr().err and copy.read_bytes() == before
 
 
-@pytest.mark.parametrize("flag", ["--out=", "--method=nothing", "--samples=-1", "--length=3"])
+def test_predictors_from_the_command_shrink_what_aqua_kv_stores(tmp_path):
+    """On a passage of a book that was not calibrated on."""
+    words = np.random.default_rng(0).choice(
+        ["the", "sea", "was", "calm", "and", "a", "ship", "came", "in", "from", "far"], 4000
+    )
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(words))
+    out = str(tmp_path / "aqua.safetensors")
+    given = ["--method=aqua_kv", f"--model={MODEL}", f"--out={out}", f"--texts={book}", "--samples=3"]
+    assert cli.run(calibrate.define, calibrate.main, [*given, "--length=640"]) == 0
+    shape = session().lm.shape
+    width = shape.kv_heads * shape.head_dim
+    arrays = calibration.load(out)
+    assert arrays["k.1.predict"].shape == (width + 1, width)
+    assert arrays["v.1.predict"].shape == (2 * width + 1, width)
+    text, _ = codecs._text(session(), 640, 8, codecs.read_books(session(), [str(book)], 640))
+    seen, _ = codecs._text(session(), 640, 2, codecs.read_books(session(), [str(book)], 640))
+    assert text[0] == seen[0] and not np.array_equal(text, seen)
+    nothing = np.zeros(text.shape, np.float32)[None]
+    found, _ = capture(session().lm, session().model.params, text[None], nothing)
+    (k0, v0), (k1, v1) = ([np.asarray(x, np.float64)[0, 0, 4:] for x in pair] for pair in found)
+    one = np.ones((len(k0), 1))
+    for target, parts, name in ((k1, (k0,), "k"), (v1, (k1, v0), "v")):
+        guess = np.concatenate([*parts, one], axis=1) @ np.asarray(arrays[f"{name}.1.predict"], np.float64)
+        assert np.sum((target - guess) ** 2) < 0.9 * np.sum((target - target.mean(0)) ** 2)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--texts=nowhere.txt", "--out=", "--method=nothing", "--samples=-1", "--length=3"]
+)
 def test_mistakes_exit_with_two(flag, tmp_path, capsys):
     given = [f"--model={MODEL}", f"--out={tmp_path / 'x'}", flag]
     assert cli.run(calibrate.define, calibrate.main, given) == 2
