@@ -50,7 +50,8 @@ def prefill(
         if codec.deferred and not fresh and not only_append:
             raise ValueError(
                 f"{lp.policy.name}: entries that {type(codec).__name__} has encoded cannot be scored against later "
-                "chunks; prefill the whole prompt at once, or use a codec of single tokens without a window"
+                "chunks; prefill the whole prompt at once or through `Generator(chunk=...)`, or use a codec of single "
+                "tokens without a window"
             )
         new = new_entries(plan, x)
         if fresh:

@@ -2,9 +2,9 @@
 
     python -m launch.calibrate --method=headkv --model=kvref-22m --out=heads.safetensors
 
-Texts are generated, or files (--texts, for codecs); nothing is downloaded.
-A file of the same model that exists already gains the new arrays; one
-of another model is refused. The file carries the model's fingerprint, and policies refuse it for another model.
+Texts are generated, or files (--texts, for codecs); nothing is downloaded. A file of the same model that exists already
+gains the new arrays; one of another model is refused. The file carries the model's fingerprint, and policies refuse it
+for another model.
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from kvjax import policies
+from kvjax.types import ModelShape
 from launch.evaluation.report import pareto
+from models import zoo
+from models.lm import DecoderLM
 
 Row = dict[str, Any]
 SHORT = {"niah_": "", "multi": "m-", "single": "s"}
@@ -79,16 +82,29 @@ def leaderboard(scores: dict[str, dict[str, Row]]) -> str:
     return markdown(["policy", "mean", "bytes", "prefill ms", "answer ms", *map(short, tasks)], body)
 
 
-def codecs(scores: dict[str, dict[str, Row]], losses: dict[str, dict[str, Row]], head_dim: int) -> str:
+def codecs(scores: dict[str, dict[str, Row]], losses: dict[str, dict[str, Row]], shape: ModelShape) -> str:
     """Codecs by bytes: score, perplexity against the full cache, bytes, bits of an encoded element."""
     base = {p: mean(r) for p, r in losses.items()}
     body = []
     for policy, rows in sorted(scores.items(), key=lambda x: share(x[1])):
         if policy != "full" and not is_codec(policy):
             continue
-        bits = policies.parse(policy).codec.bits_per_element(head_dim, "bfloat16")
+        codec = policies.parse(policy).codec
+        bits = statistics.fmean(
+            codec.for_layer(i, shape).bits_per_element(shape.head_dim, "bfloat16")
+            for i in range(shape.layers)
+        )
         loss = f"{base[policy] / base['full'] - 1:+.2%}" if policy in base and "full" in base else "-"
-        body.append([f"`{policy}`", f"{mean(rows):.2f}", loss, f"{share(rows):.1%}", f"{16 * share(rows):.2f}", f"{bits:.2f}"])
+        body.append(
+            [
+                f"`{policy}`",
+                f"{mean(rows):.2f}",
+                loss,
+                f"{share(rows):.1%}",
+                f"{16 * share(rows):.2f}",
+                f"{bits:.2f}",
+            ]
+        )
     return markdown(["codec", "RULER-4k", "perplexity", "bytes", "bits, all in", "bits, encoded"], body)
 
 
@@ -100,18 +116,25 @@ def plot(scores: dict[str, dict[str, Row]], path: pathlib.Path) -> None:
     names = list(scores)
     points = [(100 * share(scores[n]), mean(scores[n])) for n in names]
     front = pareto(points)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, side = figure.subplots(1, 2, width_ratios=(3, 2))
+    side.axis("off")
     for label, marker, chosen in (
         ("codecs", "s", [i for i, n in enumerate(names) if n != "full" and is_codec(n)]),
-        ("evict, merge, or both with a codec", "o", [i for i, n in enumerate(names) if not is_codec(n)]),
+        (
+            "eviction, merging, and both with a codec",
+            "o",
+            [i for i, n in enumerate(names) if not is_codec(n)],
+        ),
     ):
         axes.scatter(*zip(*(points[i] for i in chosen)), s=16, marker=marker, alpha=0.7, label=label)
     axes.step(*zip(*(points[i] for i in front)), where="post", color="0.5", lw=1, label="Pareto front")
-    for n, i in enumerate(front):
-        place = (6, -12 - 9 * (n % 3))
-        axes.annotate(names[i], points[i], textcoords="offset points", xytext=place, fontsize=6)
+    legend = []
+    for n, i in enumerate(front, 1):
+        axes.annotate(str(n), points[i], textcoords="offset points", xytext=(-3, 5 + 7 * (n % 2)), fontsize=7)
+        legend.append(f"{n}  {points[i][1]:.1f} at {points[i][0]:.1f}%\n    {names[i]}")
+    side.text(0, 1, "\n".join(legend), va="top", fontsize=7, family="monospace")
     axes.set_xscale("log")
     axes.set_xlabel("bytes of the compressed context, % of the full cache")
     axes.set_ylabel("RULER-4k, mean of 11 tasks")
@@ -128,13 +151,13 @@ def main() -> None:
     parser.add_argument("rows", nargs="+")
     parser.add_argument("--perplexity", nargs="*", default=[])
     parser.add_argument("--intro", help="text file that goes before the tables")
-    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--model", default="kvref-22m", help="a named shape, for bits by layer")
     parser.add_argument("--out", required=True)
     parser.add_argument("--plot", required=True)
     args = parser.parse_args()
     scores = load(args.rows)
     parts = [pathlib.Path(args.intro).read_text().strip()] if args.intro else ["# Leaderboard"]
-    parts += ["## Codecs", codecs(scores, load(args.perplexity), args.head_dim)]
+    parts += ["## Codecs", codecs(scores, load(args.perplexity), DecoderLM(zoo.shape(args.model)).shape)]
     parts += ["## Every policy", leaderboard(scores)]
     pathlib.Path(args.out).write_text("\n\n".join(parts) + "\n")
     plot(scores, pathlib.Path(args.plot))

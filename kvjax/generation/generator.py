@@ -18,7 +18,7 @@ from kvjax.cache import prefix as shared
 from kvjax.cache.plan import Plan
 from kvjax.cache.prefix import Prefix
 from kvjax.cache.state import KVCache
-from kvjax.generation import engine
+from kvjax.generation import engine, staging
 from kvjax.generation.buckets import bucket
 from kvjax.generation.limits import apart, check_lengths, free_host_bytes, memory_errors
 from kvjax.generation.packing import Tokens, pack, packed_rows, pad_right
@@ -153,16 +153,17 @@ class Generator:
                 return engine.prefill_packed(self.lm, plan, self.params, packed, **options)
             tokens, positions = pad_right(prompts, plan.prompt, starts)
             return engine.prefill(self.lm, plan, self.params, tokens, positions, **options)
-        cache = jax.jit(engine.empty, static_argnums=0)(plan, prefix)
+        chunks = staging.staged(plan) or plan
+        cache = jax.jit(engine.empty, static_argnums=0)(chunks, prefix)
         cache = cache.replace(expected=jnp.asarray([len(p) for p in prompts], jnp.int32))
         tokens, positions = pad_right(prompts, -(-longest // self.chunk) * self.chunk, starts)
         logits = None
         for at in range(0, tokens.shape[1], self.chunk):
             part = slice(at, at + self.chunk)
-            cache, host = apart(plan, cache)
+            cache, host = apart(chunks, cache)
             new, cache = engine.extend(
                 self.lm,
-                plan,
+                chunks,
                 self.params,
                 cache,
                 tokens[:, part],
@@ -174,6 +175,8 @@ class Generator:
             ends = np.any(positions[:, part] >= 0, axis=1, keepdims=True)
             logits = new if logits is None else jnp.where(ends, new, logits)
         assert logits is not None
+        if chunks is not plan:
+            cache = staging.settle(self.lm, chunks, plan, self.params, cache)
         return logits, cache
 
     def _packs(self, plan: Plan, prompts: Sequence[Tokens], prefix: Prefix | None) -> bool:

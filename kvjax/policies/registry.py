@@ -112,6 +112,8 @@ def build(name: str, **kwargs: Any) -> Policy:
     shown = ", ".join(f"{k}={_show(v)}" for k, v in kwargs.items())
     given = {f.name for f in dataclasses.fields(Policy)} & set(kwargs) - {"scorer"}
     given = {k for k in given if kwargs[k] is not None}
+    if "codec" in policy.explicit and policy.scorer is None:
+        given -= {"sink"}  # a codec's exact first entries, not those that eviction protects
     return dataclasses.replace(
         policy, name=f"{name}({shown})" if kwargs else name, explicit=policy.explicit | given
     )
