@@ -102,9 +102,30 @@ def prefill(
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
             return out, _remember(plan, _settle(plan, _append(plan, cache, x), i), x)
-        return out, score_and_store(plan, cache, x, entries, k, v, lse, compress=compress, fresh=fresh)
+        cache = score_and_store(plan, cache, x, entries, k, v, lse, compress=compress, fresh=fresh)
+        return _in_turn(plan, i, out, cache)
 
     return attend
+
+
+def _in_turn(plan: Plan, i: int, out: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    """Both unchanged, with `out` available only once layer i is compressed.
+
+    Nothing else makes the next layer wait for this one's scores, and a scheduler that leaves them for later holds the
+    queries, keys and values of every layer.
+    """
+    if cache.pending:
+        last = cache.pending[-1]
+        held = last.entries, last.scores, last.stats
+        out, (entries, scores, stats) = jax.lax.optimization_barrier((out, held))
+        last = last.replace(entries=entries, scores=scores, stats=stats)
+        return out, cache.replace(pending=(*cache.pending[:-1], last))
+    j = plan.layers[i].pool
+    if plan.layers[i].offloaded:  # what it stores is in host memory by now
+        out, layer = jax.lax.optimization_barrier((out, cache.layers[i]))
+        return out, cache.put(i, layer, j, cache.pools[j])
+    out, (layer, pool) = jax.lax.optimization_barrier((out, (cache.layers[i], cache.pools[j])))
+    return out, cache.put(i, layer, j, pool)
 
 
 def score_and_store(

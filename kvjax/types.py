@@ -34,6 +34,7 @@ class ModelShape:
     ]  # per layer: sliding window in tokens (a query sees itself and window-1 before)
     dtype: str = "float32"  # dtype of keys and values before any codec
     max_context: int = 8192
+    weights: str = ""  # digest of the weights: calibration files of other weights are refused; '' = unknown
 
     def __post_init__(self) -> None:
         if len(self.windows) != self.layers:

@@ -12,15 +12,19 @@ from models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLM:
-    """The model `config` with keys and values in `dtype` (None: the checkpoint's)."""
+    """The model `config` with keys and values in `dtype` (None: the checkpoint's).
+
+    weights: fingerprint of the parameters; calibration files of other weights are then refused.
+    """
 
     config: ModelConfig
     dtype: str | None = None
+    weights: str = ""
 
     @property
     def shape(self) -> ModelShape:
         """Layers, heads, windows, dtype."""
-        return self.config.shape(self.dtype)
+        return dataclasses.replace(self.config.shape(self.dtype), weights=self.weights)
 
     def hidden(
         self, params: Any, tokens: Array, positions: Array, cache: Any, attend: AttendFn

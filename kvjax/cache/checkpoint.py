@@ -26,7 +26,7 @@ def _header(plan: Plan, model: str) -> dict[str, Any]:
     return {
         "version": VERSION,
         "model": model,
-        "shape": repr(dataclasses.astuple(plan.shape)),
+        "shape": repr(dataclasses.astuple(plan.shape)[:-1]),  # without the weights, which `model` names
         "codecs": hashlib.sha256("\n".join(codecs).encode()).hexdigest(),
         "codec": codecs[0],
         "layout": [plan.batch, plan.prompt, plan.reserve, plan.page_size],

@@ -18,7 +18,8 @@ from kvjax.types import ModelShape
 
 
 def fingerprint(shape: ModelShape, weights: str = "") -> str:
-    """What identifies a model: its cache shape, and a digest of its weights where the writer knows one."""
+    """What identifies a model: its cache shape, and a digest of its weights where one is known (or `shape` has it)."""
+    weights = weights or shape.weights
     base = (
         f"layers={shape.layers},q_heads={shape.q_heads},kv_heads={shape.kv_heads},head_dim={shape.head_dim}"
     )
