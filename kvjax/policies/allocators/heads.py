@@ -30,6 +30,7 @@ class HeadImportance(Allocator):
     file: str = ""
     ragged: ClassVar[bool] = True
     scope: ClassVar[str] = "model"
+    ahead: ClassVar[bool] = True
 
     def check(self, shape: ModelShape) -> None:
         """A score for every layer and KV head."""
@@ -69,6 +70,7 @@ class HeadRoles(Allocator):
     file: str = ""
     ragged: ClassVar[bool] = True
     scope: ClassVar[str] = "model"
+    ahead: ClassVar[bool] = True
 
     def check(self, shape: ModelShape) -> None:
         """A score for every layer and KV head."""

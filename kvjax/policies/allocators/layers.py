@@ -220,6 +220,7 @@ class LayerErrors(LayerCompetition):
     errors: tuple[float, ...] = ()
     floor: int = 32
     file: str = ""
+    ahead: ClassVar[bool] = True
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """Three times the mean."""

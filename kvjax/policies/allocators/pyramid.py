@@ -26,6 +26,7 @@ class Pyramid(Allocator):
     variant: str = "paper"
     ragged: ClassVar[bool] = True
     scope: ClassVar[str] = "model"
+    ahead: ClassVar[bool] = True
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """At most twice the mean."""
