@@ -121,20 +121,20 @@ def _compact_now(plan: Plan, cache: KVCache, pending: Pending) -> KVCache:
     """Compact a layer of a shared pool at once: its counts are known ahead, and its pages follow the last layer's."""
     obs, valid = pending.obs, pending.entries.pos >= 0
     policy, sharing = plan.layers[obs.layer].policy, [i for i, lp in enumerate(plan.layers) if lp.shares_pool]
-    if cache.ahead is None:
+    if cache.counts is None:
         with jax.named_scope("allocate"):
             # In a fresh prompt all layers hold the same positions, and scores tell only what is protected.
             total, n = jnp.maximum(tokens_seen(cache, obs), cache.expected), len(sharing)
             keep = policy.keep_counts(total, plan.prompt)
             stats = [policy.allocator.measure(obs.replace(layer=i), pending.scores) for i in sharing]
             counts = policy.allocator.model_counts([pending.scores] * n, [valid] * n, keep, total, stats)
-        cache = cache.replace(ahead=(dict(zip(sharing, counts)), 0))
-    found, page = cache.ahead
+        cache = cache.replace(counts=(dict(zip(sharing, counts)), 0))
+    found, page = cache.counts
     count = _unless_idle(obs, found[obs.layer], valid)
     limit = _limit(plan, obs.layer, count, obs.length)
     pool = None if obs.layer == sharing[0] else cache.pools[plan.layers[obs.layer].pool]
     cache, page = _compact(plan, cache, pending, count, limit, pool, page)
-    return cache.replace(ahead=(found, page))
+    return cache.replace(counts=(found, page))
 
 
 def _share(policy: Policy, cache: KVCache, i: int, scores: Array) -> tuple[KVCache, Array]:
@@ -317,5 +317,5 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
         ahead=None,
         shared=None,
         moved=None,
-        ahead=None,
+        counts=None,
     )

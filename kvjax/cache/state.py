@@ -89,7 +89,7 @@ class KVCache:
     hidden: Any = None  # [batch, tokens, embed] of the layer before, for selectors that need 'before'
     ahead: Any = None  # [batch, q_heads, 1, head_dim] this layer's queries as the layer before foresaw them
     shared: Any = None  # scores of the first layer of a group that reuses them
-    ahead: Any = None  # ({layer: counts int32 [batch, kv_heads]}, first free page), for allocators that know them ahead
+    counts: Any = None  # ({layer: counts int32 [batch, kv_heads]}, first free page), for allocators that know them ahead
     moved: Any = None  # int32 [batch] next position after keys were re-rotated in this call
 
     def put(self, i: int, layer: Layer, j: int, pool: Any) -> KVCache:
