@@ -40,6 +40,12 @@ def define(f: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", 0, "samples (or windows) per task; 0: all there are", flag_values=f)
     flags.DEFINE_string("out", "out/eval.json", "results file", flag_values=f)
     flags.DEFINE_bool("query_aware", False, "compress context and question together", flag_values=f)
+    flags.DEFINE_bool(
+        "select_question",
+        False,
+        "feed questions token by token, so that selectors choose for them as well",
+        flag_values=f,
+    )
     flags.DEFINE_integer("batch", 1, "samples in one batch, of their own lengths", flag_values=f)
     flags.DEFINE_integer("seed", 0, "of the tasks that are generated", flag_values=f)
     flags.DEFINE_integer(
@@ -63,7 +69,7 @@ def main(f: flags.FlagValues) -> None:
     session = open_session(f)
     source = Source(session.encode, f.limit, f.seed, f.ppl_context, f.ppl_targets)
     tasks = parse_tasks(f.tasks, source)
-    engine = ModelEngine(session, query_aware=f.query_aware)
+    engine = ModelEngine(session, query_aware=f.query_aware, select_question=f.select_question)
     engine.prepare([item for task in tasks for item in task.items if isinstance(item, Sample)])
     settings = {
         "model": session.model.fingerprint,
@@ -74,6 +80,8 @@ def main(f: flags.FlagValues) -> None:
         "mesh": f.mesh,
         "batch": f.batch,
     }
+    if f.select_question:
+        settings["select_question"] = True
     total = len(specs) * sum(len(task.items) for task in tasks)
     with tqdm(total=total, desc="samples", unit="sample", smoothing=0.1) as bar:
         rows = evaluate(engine, tasks, specs, Store(out), settings, batch=f.batch, advance=bar.update)

@@ -178,6 +178,41 @@ def step(
     return lm.logits(params, hidden[:, 0]), cache
 
 
+@functools.partial(
+    jax.jit, static_argnames=("lm", "plan", "all_logits", "implementation"), donate_argnames=("cache",)
+)
+def feed(
+    lm: LanguageModel,
+    plan: Plan,
+    params: Any,
+    cache: KVCache,
+    tokens: Array,
+    valid: Array,
+    *,
+    all_logits: bool = False,
+    implementation: str | None = None,
+) -> tuple[Array, KVCache]:
+    """Given tokens int32 [batch, tokens], one decode step each, where `valid` (bool, likewise; first in each row).
+
+    What `extend` does at once, with all that belongs to a step: selection and eviction. Returns the last valid token's
+    logits f32 [batch, vocab] (0 in a row without any), or with `all_logits` f32 [batch, tokens, vocab], and the cache.
+    """
+
+    def body(carry: tuple[KVCache, Array], column: tuple[Array, Array]) -> tuple[tuple[KVCache, Array], Any]:
+        cache, last = carry
+        token, active = column
+        logits, cache = step(lm, plan, params, cache, token, active, implementation)
+        last = jnp.where(active[:, None], logits, last)
+        return (cache, last), logits if all_logits else None
+
+    vocab = jax.eval_shape(
+        lambda p, c: step(lm, plan, p, c, tokens[:, 0], valid[:, 0], implementation)[0], params, cache
+    )
+    start = (cache, jnp.zeros(vocab.shape, vocab.dtype))
+    (cache, last), every = jax.lax.scan(body, start, (tokens.T, valid.T))
+    return (jnp.moveaxis(every, 0, 1) if all_logits else last), cache
+
+
 def _emit(
     state: DecodeState, logits: Array, settings: SamplingArrays, stop: Array, limit: Array
 ) -> DecodeState:

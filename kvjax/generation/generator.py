@@ -259,9 +259,10 @@ class Session:
             plan = dataclasses.replace(plan, prompt=plan.prompt + int(to_host(self.prefix.length).max()))
         return plan.nbytes()
 
-    def extend(self, more: Sequence[Tokens]) -> None:
+    def extend(self, more: Sequence[Tokens], *, stepwise: bool = False) -> None:
         """Append tokens to every row (a question after its context). Not compressed, except that policies which
-        evict while decoding stay at their budget. A row's list may be empty."""
+        evict while decoding stay at their budget. A row's list may be empty. stepwise: one decode step a token, so
+        that a selector chooses for each of them; at once, they attend to everything that is stored."""
         longest = max(len(m) for m in more)
         if longest == 0:
             return

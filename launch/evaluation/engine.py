@@ -29,11 +29,12 @@ class ModelEngine:
     Call `prepare` with the samples first.
 
     query_aware: compress context and question together, all but the question's last token. Otherwise the
-    context is compressed alone, and the policy cannot know what will be asked.
+    context is compressed alone, and the policy cannot know what will be asked. select_question: the question is fed token
+    by token, so that a selector chooses for its tokens too.
     """
 
-    def __init__(self, session: Session, *, query_aware: bool = False) -> None:
-        self.session, self.query_aware = session, query_aware
+    def __init__(self, session: Session, *, query_aware: bool = False, select_question: bool = False) -> None:
+        self.session, self.query_aware, self.select_question = session, query_aware, select_question
         self._generators: dict[str, Generator] = {}
         self._reserve = 1
 
@@ -74,12 +75,13 @@ class ModelEngine:
         limits = [s.max_new_tokens for s in samples]
         free = self.session.lm.shape.max_context - max(len(c) for c in contexts)
         filled = self._generator(policy).prefill(contexts, min(self._reserve, free))
-        filled.extend(questions)
+        filled.extend(questions, stepwise=self.select_question)
         outputs = filled.decode(limits, stop_tokens=tokenizer.eos_ids)
         return [tokenizer.decode(o.tokens) for o in outputs], self._cost(filled, before)
 
     def negative_log_likelihood(self, policy: str, windows: Sequence[Window]) -> tuple[list[float], Cost]:
-        """Mean over each window's targets, in nats: context compressed, targets fed as given."""
+        """Mean over each window's targets, in nats: context compressed, targets fed as given (one at a time where a
+        selector chooses for each)."""
         before = compilations()
         generator = self._generator(policy)
         contexts = [self.session.begin() + list(w.context) for w in windows]
@@ -91,17 +93,29 @@ class ModelEngine:
         starts = to_host(filled.cache.next_position)[:, None]
         start = time.perf_counter()
         with on_mesh(generator.mesh):
-            logits, filled.cache = engine.extend(
-                generator.lm,
-                filled.plan,
-                generator.params,
-                filled.cache,
-                tokens,
-                np.where(positions >= 0, positions + starts, -1),
-                compress=False,
-                all_logits=True,
-                implementation=generator.implementation,
-            )
+            if filled.plan.policy.selector is not None:
+                logits, filled.cache = engine.feed(
+                    generator.lm,
+                    filled.plan,
+                    generator.params,
+                    filled.cache,
+                    tokens,
+                    positions >= 0,
+                    all_logits=True,
+                    implementation=generator.implementation,
+                )
+            else:
+                logits, filled.cache = engine.extend(
+                    generator.lm,
+                    filled.plan,
+                    generator.params,
+                    filled.cache,
+                    tokens,
+                    np.where(positions >= 0, positions + starts, -1),
+                    compress=False,
+                    all_logits=True,
+                    implementation=generator.implementation,
+                )
             wanted = pad_right(targets, width)
             losses = to_host(_losses(filled.logits, logits, *wanted))
         filled.decode_s = time.perf_counter() - start

@@ -219,3 +219,24 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=word):
             P.parse(spec)
+
+
+def test_fed_one_by_one_tokens_meet_the_selection():
+    """Reading everything it is `extend`; reading less, the logits differ, and rows of other lengths do not matter."""
+    tokens, positions = ragged((5, 3, 0), 6, seed=3)
+    valid = positions >= 0
+    logits = {}
+    for read in (1.0, 8):
+        plan, cache = filled(policy("exact_topk", read=read))
+        at = np.where(valid, positions + np.asarray(cache.next_position)[:, None], -1)
+        want, _ = engine.extend(
+            LM, plan, LM.init(), jax.tree.map(jnp.copy, cache), tokens, at, compress=False, all_logits=True
+        )
+        last, _ = engine.feed(LM, plan, LM.init(), jax.tree.map(jnp.copy, cache), tokens, valid)
+        got, after = engine.feed(LM, plan, LM.init(), cache, tokens, valid, all_logits=True)
+        assert np.asarray(after.length).tolist() == [n + m for n, m in zip(LENGTHS, (5, 3, 0))]
+        logits[read] = np.abs(np.asarray(got) - np.asarray(want))[valid].max()
+        for row, n in ((0, 5), (1, 3)):
+            np.testing.assert_array_equal(last[row], got[row, n - 1])
+        assert not np.asarray(last[2]).any()
+    assert logits[1.0] < 1e-3 < 1e-2 < logits[8]
