@@ -258,7 +258,8 @@ def _flush_full(
         return cache
 
     due = functools.reduce(jnp.logical_or, [jnp.any(full(cache, i)) for i in layers])
-    return jax.lax.cond(due, encode, lambda cache: cache, cache)
+    cache, host = placing.detach(cache)  # a branch would copy what it hands through
+    return placing.attach(jax.lax.cond(due, encode, lambda cache: cache, cache), host)
 
 
 def flush(

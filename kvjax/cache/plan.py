@@ -115,6 +115,10 @@ class Plan:
             ).predicts,
             "eviction while decoding": policy.compresses and policy.evict_decode,
             "a probe": policy.probe is not None,
+            f"a codec, where {type(policy.selector).__name__} keeps keys in a form of its own": policy.selector
+            is not None
+            and bool(policy.selector.supplies)
+            and policy.codec != Plain(),
         }
         for what, present in excluded.items():
             if present:
