@@ -2,7 +2,8 @@
 
 Every byte comes from the specs that the cache is allocated from (`Plan.specs`) and from the declared weights; no array
 is made. Times are floors: bytes over bandwidth, operations over the matrix units' rate, the larger of the two per part
-(weights, attention), parts one after the other. Launch gaps, collectives and what XLA copies are not in them.
+(weights, attention), parts one after the other, then what offloaded layers fetch: measured, next to none of it is hidden
+(docs/results_offload.md). Launch gaps, collectives and what XLA copies are not in them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from kvjax.arrays import nbytes
 from kvjax.cache.plan import Plan
+from kvjax.cache.traffic import moved_per_slot
 from kvjax.policies.base import Policy
 from models import params as model_params
 from models.config import ModelConfig
@@ -105,19 +107,22 @@ class Traffic:
     index: float  # read by selectors, per step
     state: float  # scores and positions of policies that evict while decoding, read and written
     entries: float  # attended, summed over layers, rows and KV heads
+    host: (
+        float  # moved from host memory by offloaded layers, if a step finds none of its blocks on the device
+    )
 
 
 def step_traffic(plan: Plan) -> Traffic:
     """Of a step on rows that have just been prefilled with `plan.prompt` tokens each, from `plan.prompt_only()`."""
     plan = plan.prompt_only()
     shape, heads = plan.shape, plan.batch * plan.shape.kv_heads
-    cache = index = state = entries = 0.0
+    cache = index = state = entries = host = 0.0
     specs = plan.specs()
-    for pool in specs.pools:
+    for pool in plan.pool_specs:
         if pool is not None:
             cache += nbytes(pool.store)
     for i, lp in enumerate(plan.layers):
-        policy, layer, pool = lp.policy, specs.layers[i], specs.pools[lp.pool]
+        policy, layer, pool = lp.policy, specs.layers[i], plan.pool_specs[lp.pool]
         assert pool is not None
         per_slot = policy.codec.bits_per_element(shape.head_dim, shape.dtype) * 2 * shape.head_dim / 8
         held = lp.pages * plan.page(policy) if lp.ragged else heads * lp.capacity
@@ -127,15 +132,17 @@ def step_traffic(plan: Plan) -> Traffic:
             state += 2 * nbytes(pool.slot_state) + (0 if pool.pos is None else nbytes(pool.pos))
         if policy.selector is None:
             entries += held
+            host += held * moved_per_slot(plan, i) if lp.offloaded else 0
             continue
         selector, block = policy.selector, plan.block(i)
         read = min(lp.capacity, -(-selector.entries(lp.capacity) // block) * block)
         cache -= (held - heads * read) * per_slot
         entries += heads * read
+        host += heads * read * moved_per_slot(plan, i) if lp.offloaded else 0
         own = {n: s for n, s in plan.index_specs(i).items() if n not in ("reads", "chosen")}
         shared = selector.interval if not selector.triggered else 1
         index += selector.scanned(own, lp.capacity, plan.batch, shape) / shared
-    return Traffic(cache, index, state, entries)
+    return Traffic(cache, index, state, entries, host)
 
 
 def prefill_flops(config: ModelConfig, shape: Any, batch: int, tokens: int) -> float:
@@ -189,14 +196,15 @@ def estimate(
     room = device.memory * memory_fraction - w.total
 
     def fits(rows: int, tokens: int) -> bool:
-        return plan(policy, batch=rows, prompt=tokens).nbytes() <= room
+        return plan(policy, batch=rows, prompt=tokens).device_nbytes() <= room
 
     moved, dense = step_traffic(this), step_traffic(full)
     attention = 4.0 * (shape.q_heads // shape.kv_heads) * shape.head_dim * moved.entries
     bytes_read = moved.cache + moved.index + moved.state
     weight_s = max(w.read(batch) / device.bandwidth, 2.0 * batch * (w.products + w.head) / device.flops)
     attention_s = max(bytes_read / device.bandwidth, attention / device.flops)
-    step_s = weight_s + attention_s
+    transfer_s = moved.host / device.host_link
+    step_s = weight_s + attention_s + transfer_s
     flops = prefill_flops(config, shape, batch, context)
     prefill_s = max(flops / device.flops, w.read(batch * context) / device.bandwidth)
     longest = shape.max_context - new_tokens
@@ -208,6 +216,7 @@ def estimate(
         "policy": policy.name,
         "weight_bytes": w.total,
         "cache_bytes": this.prompt_only().nbytes(),
+        "host_cache_bytes": this.prompt_only().host_nbytes(),
         "full_cache_bytes": full.prompt_only().nbytes(),
         "allocated_bytes": this.nbytes(),
         "read_bytes": {
@@ -215,12 +224,14 @@ def estimate(
             "cache": moved.cache,
             "index": moved.index,
             "state": moved.state,
+            "host": moved.host,
         },
         "read_fraction": bytes_read / dense.cache,
         "prefill_flops": flops,
         "prefill_s": prefill_s,
         "step_s": step_s,
         "attention_s": attention_s,
+        "transfer_s": transfer_s,
         "tokens_per_s": batch / step_s,
         "largest_batch": largest(lambda n: fits(n, context), 1 << 20) if room > 0 else 0,
         "largest_context": largest(lambda n: fits(batch, n), longest) if room > 0 else 0,

@@ -83,7 +83,8 @@ def main(f: flags.FlagValues) -> None:
         new_tokens=f.max_new_tokens,
         memory_fraction=f.memory_fraction,
     )
-    read = row["read_bytes"]
+    read = dict(row["read_bytes"])
+    moved = read.pop("host")
     gib = 2**30
     print(
         f"{row['model']} on {row['device']}, {row['policy']}: {row['batch']} x {row['context']:,} tokens\n"
@@ -92,6 +93,7 @@ def main(f: flags.FlagValues) -> None:
         f"  a step     reads {sum(read.values()) / gib:.3f} GiB "
         f"(weights {read['weights'] / gib:.3f}, cache {read['cache'] / gib:.3f}, index {read['index'] / gib:.3f}): "
         f"{row['step_s'] * 1e3:.3f} ms, {row['tokens_per_s']:.1f} tokens/s\n"
+        f"  transfer   {moved / gib:.3f} GiB of a step from {row['host_cache_bytes'] / gib:.3f} GiB in host memory\n"
         f"  prefill    {row['prefill_s']:.3f} s\n"
         f"  fits       {row['largest_batch']} rows of {row['context']:,}, or {row['largest_context']:,} tokens "
         f"in {row['batch']} rows (the model's context: {row['model_context']:,})"

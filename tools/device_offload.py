@@ -98,7 +98,18 @@ def link() -> float:
 @jax.jit
 def _copy(x: jax.Array) -> jax.Array:
     """In memory of the device; XLA would hand through what nothing is done to."""
-    return x ^ x.dtype.type(1) if jnp.issubdtype(x.dtype, jnp.integer) else x + x.dtype.type(0)
+    return jax.lax.optimization_barrier(x[::-1])[::-1]
+
+
+def logit_error(lm: DecoderLM, plan: Plan, params, cache, host, copies) -> float:
+    """Largest difference of one step's logits between host memory and its copy on the device, the same program."""
+
+    @jax.jit
+    def step(params, cache, host):
+        tokens = jnp.arange(plan.batch, dtype=jnp.int32)
+        return engine.step(lm, plan, params, placing.attach(cache, host), tokens, tokens >= 0)[0]
+
+    return float(jnp.max(jnp.abs(step(params, cache, host) - step(params, cache, copies))))
 
 
 def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CONTEXT, capped: bool = False):
@@ -123,6 +134,7 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
         state = steps(state, host, "offloaded")
     if host is not None and not capped:
         copies = jax.block_until_ready(jax.tree.map(_copy, host))
+        row_error = logit_error(lm, plan, params, state.cache, host, copies)
         state = steps(state, copies, "resident")
         del copies
     step = times["offloaded"][-1]
@@ -137,6 +149,7 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
         "fill_s": round(filled, 1), "first_call_s": round(times["offloaded"][0] * STEPS, 1), "at": round(time.time() - START, 1),
     }  # fmt: skip
     if times["resident"]:
+        row["max_logit_error"] = row_error
         row["resident_us"] = round(times["resident"][-1] * 1e6, 1)
         row["hidden"] = round(1 - (step - times["resident"][-1]) * rate / moved, 3) if moved else None
     return row, np.asarray(state.tokens)

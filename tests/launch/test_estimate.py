@@ -145,7 +145,21 @@ def test_command_writes_json(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(out.read_text()) and printed["model"] == "kvref-22m"
     read = sum(printed["read_bytes"].values())
+    assert printed["read_bytes"]["host"] == printed["transfer_s"] == 0
     assert printed["step_s"] == pytest.approx(read / 500e9)
+
+
+def test_offload_moves_what_it_reads_over_the_link():
+    """Quest with 1,024 entries in 32 layers of 8 rows and 8 heads: 2 * 128 * 2 bytes each; ShadowKV moves values only."""
+    spec = "quest(read=1024, page=16, skip_layers=0)"
+    near, far = row(spec), row(f"{spec} | offload")
+    shadow = row("shadowkv(read=1024)")
+    moved = 32 * 8 * 8 * 1024 * 512
+    assert far["read_bytes"]["host"] == moved and shadow["read_bytes"]["host"] == moved / 2
+    assert far["transfer_s"] == pytest.approx(moved / H200.host_link)
+    assert far["step_s"] == pytest.approx(near["step_s"] + far["transfer_s"])
+    assert far["host_cache_bytes"] == 32 * 8 * 8 * 32768 * 512
+    assert far["largest_batch"] > 5 * near["largest_batch"]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class PartialChannels(Selector):
     index: a [batch, kv_heads, head_dim, channels], the columns of A with the largest sum_t |(q A)_tc|, and the keys' part
     k [batch, kv_heads, slots, channels] = K a. With s = q a . k / sqrt(d), a head needs the n entries with s > max s - alpha;
     every head reads as many as the heads need on average, `read` at most. A group of query heads shares the largest
-    s - max s. ahead: q is what the layer before foresaw.
+    s - max s. read=1.0 reads everything, whatever alpha. ahead: q is what the layer before foresaw.
     """
 
     ratio: float = 0.2
@@ -76,6 +76,8 @@ class PartialChannels(Selector):
         """s - max s of the group's best head; NEVER beyond the number that is needed."""
         q = jnp.einsum("bhgd,bhdc->bhgc", call.grouped, index["a"])
         s = jnp.einsum("bhgc,bhnc->bhgn", q, index["k"].astype(jnp.float32)) * call.scale
+        if self.read == 1.0 and isinstance(self.read, float):
+            return jnp.zeros(s.shape[:2] + s.shape[3:]), index
         used = jnp.arange(s.shape[3]) < call.fill[..., None]
         s = jnp.where(used[:, :, None], s, NEVER)
         below = jnp.max(s - jnp.max(s, axis=3, keepdims=True), axis=2)
