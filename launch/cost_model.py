@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from kvjax.arrays import nbytes
 from kvjax.cache.plan import Plan
+from kvjax.cache.selecting import FRAMEWORK
 from kvjax.cache.traffic import moved_per_slot
 from kvjax.policies.base import Policy
 from models import params as model_params
@@ -139,7 +140,9 @@ def step_traffic(plan: Plan) -> Traffic:
         cache -= (held - heads * read) * per_slot
         entries += heads * read
         host += heads * read * moved_per_slot(plan, i) if lp.offloaded else 0
-        own = {n: s for n, s in plan.index_specs(i).items() if n not in ("reads", "chosen")}
+        own = {
+            n: s for n, s in plan.index_specs(i).items() if n not in FRAMEWORK and not n.startswith("held.")
+        }
         shared = selector.interval if not selector.triggered else 1
         index += selector.scanned(own, lp.capacity, plan.batch, shape) / shared
     return Traffic(cache, index, state, entries, host)
