@@ -191,23 +191,27 @@ def feed(
     *,
     all_logits: bool = False,
     implementation: str | None = None,
+    host: placing.Host | None = None,
 ) -> tuple[Array, KVCache]:
     """Given tokens int32 [batch, tokens], one decode step each, where `valid` (bool, likewise; first in each row).
 
     What `extend` does at once, with all that belongs to a step: selection and eviction. Returns the last valid token's
     logits f32 [batch, vocab] (0 in a row without any), or with `all_logits` f32 [batch, tokens, vocab], and the cache.
+    host: as in `decode`.
     """
+
+    def one(params: Any, cache: KVCache, token: Array, active: Array) -> tuple[Array, KVCache]:
+        logits, cache = step(lm, plan, params, placing.attach(cache, host), token, active, implementation)
+        return logits, cache if host is None else placing.detach(cache)[0]
 
     def body(carry: tuple[KVCache, Array], column: tuple[Array, Array]) -> tuple[tuple[KVCache, Array], Any]:
         cache, last = carry
         token, active = column
-        logits, cache = step(lm, plan, params, cache, token, active, implementation)
+        logits, cache = one(params, cache, token, active)
         last = jnp.where(active[:, None], logits, last)
         return (cache, last), logits if all_logits else None
 
-    vocab = jax.eval_shape(
-        lambda p, c: step(lm, plan, p, c, tokens[:, 0], valid[:, 0], implementation)[0], params, cache
-    )
+    vocab = jax.eval_shape(lambda p, c: one(p, c, tokens[:, 0], valid[:, 0])[0], params, cache)
     start = (cache, jnp.zeros(vocab.shape, vocab.dtype))
     (cache, last), every = jax.lax.scan(body, start, (tokens.T, valid.T))
     return (jnp.moveaxis(every, 0, 1) if all_logits else last), cache

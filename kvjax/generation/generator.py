@@ -262,7 +262,8 @@ class Session:
     def extend(self, more: Sequence[Tokens], *, stepwise: bool = False) -> None:
         """Append tokens to every row (a question after its context). Not compressed, except that policies which
         evict while decoding stay at their budget. A row's list may be empty. stepwise: one decode step a token, so
-        that a selector chooses for each of them; at once, they attend to everything that is stored."""
+        that a selector chooses for each of them (not with a shared prefix); at once, they attend to everything that is
+        stored."""
         longest = max(len(m) for m in more)
         if longest == 0:
             return
@@ -277,18 +278,14 @@ class Session:
         positions = np.where(positions >= 0, positions + starts, -1)
         start = time.perf_counter()
         with g._context():
-            new, self.cache = engine.extend(
-                g.lm,
-                self.plan,
-                g.params,
-                self.cache,
-                tokens,
-                positions,
-                compress=False,
-                prefix=self.prefix,
-                implementation=g.implementation,
-                host=self.host,
-            )
+            common: dict[str, Any] = dict(implementation=g.implementation, host=self.host)
+            args = (g.lm, self.plan, g.params, self.cache, tokens)
+            if stepwise and self.plan.policy.selector is not None and self.prefix is None:
+                new, self.cache = engine.feed(*args, positions >= 0, **common)
+            else:
+                new, self.cache = engine.extend(
+                    *args, positions, compress=False, prefix=self.prefix, **common
+                )
             has = np.asarray([len(m) > 0 for m in more])[:, None]
             self.logits = jnp.where(has, new, self.logits)
             self.logits.block_until_ready()

@@ -103,6 +103,7 @@ class ModelEngine:
                     positions >= 0,
                     all_logits=True,
                     implementation=generator.implementation,
+                    host=filled.host,
                 )
             else:
                 logits, filled.cache = engine.extend(
@@ -115,6 +116,7 @@ class ModelEngine:
                     compress=False,
                     all_logits=True,
                     implementation=generator.implementation,
+                    host=filled.host,
                 )
             wanted = pad_right(targets, width)
             losses = to_host(_losses(filled.logits, logits, *wanted))

@@ -108,6 +108,7 @@ def test_sessions_with_questions_and_chunks(chunk):
     for spec in (QUEST, f"{QUEST} | offload"):
         session = Generator(LM, LM.init(), P.parse(spec), chunk=chunk).prefill(prompts, 32)
         session.extend(more)
+        session.extend([[3], [4, 5], []], stepwise=True)
         out[spec] = [o.tokens for o in session.decode([12] * 3)]
     assert out[QUEST] == out[f"{QUEST} | offload"]
     assert session.host_cache_bytes == session.plan.prompt_only().host_nbytes() > 0
