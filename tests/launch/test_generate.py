@@ -67,6 +67,17 @@ def test_json_has_the_stated_fields_and_greedy_text(command, greedy, model):
     assert done["backend"] == "cpu"
     assert done["dtype"] == "float32"
     assert done["decode_tokens_per_s"] > 0
+    assert done["host_cache_bytes"] == done["moved_bytes_last_step"] == 0
+
+
+def test_an_offloaded_cache_gives_the_same_text_and_says_what_it_moved(command, greedy, model):
+    done = command(
+        generate, f"--prompt={PROMPT}", f"--max_new_tokens={NEW}", "--policy=offload", "--nowarmup", "--json"
+    ).json
+    assert done["text"] == greedy(PROMPT)
+    entry = 2 * model.config.kv_heads * model.config.head_dim * 4 * model.config.layers
+    assert done["moved_bytes_last_step"] == done["prompt_tokens"] * entry  # without a selector: all of it
+    assert done["host_cache_bytes"] >= done["moved_bytes_last_step"]
 
 
 def test_several_prompts_are_one_ragged_batch_with_each_ones_own_text(command, greedy):
@@ -90,7 +101,9 @@ def test_a_shared_prefix_and_packed_prompts_give_the_text_of_whole_prompts(comma
         f"--max_new_tokens={NEW}", "--nowarmup", "--json",
     ).json  # fmt: skip
     assert [o["text"] for o in done["outputs"]] == want
-    own = command(generate, f"--prompt={OTHER}", "--prompt= and then", "--max_new_tokens=1", "--nowarmup", "--json")
+    own = command(
+        generate, f"--prompt={OTHER}", "--prompt= and then", "--max_new_tokens=1", "--nowarmup", "--json"
+    )
     shape = model.config.layers * model.config.kv_heads * (2 * model.config.head_dim + 1) * 4
     slots = -(-len(encode(PROMPT)) // 8) * 8
     assert done["cache_bytes"] == own.json["cache_bytes"] + shape * slots + 4
