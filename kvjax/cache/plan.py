@@ -96,6 +96,10 @@ class Plan:
             self._check_placement()
         if self.policy.selector is not None:
             self.policy.selector.check(self.shape)
+            if self.policy.head_reads is not None:
+                self.policy.head_reads.check(self.shape)
+                if not isinstance(self.policy.selector.read, float):
+                    raise ValueError(f"{self.policy.name}: budgets per head need `read` as a fraction")
             if self.policy.selector.reorders and codec.deferred:
                 raise ValueError(
                     f"{self.policy.name}: {type(self.policy.selector).__name__} moves entries to other slots, which a "
@@ -224,7 +228,10 @@ class Plan:
         """Most blocks that a selection of layer i names."""
         lp, block = self.layers[i], self.block(i)
         selector, codec = lp.policy.selector, lp.policy.codec
-        most = -(-selector.entries(lp.capacity + codec.residual + codec.sink) // block)
+        total = lp.capacity + codec.residual + codec.sink
+        most = -(-selector.entries(total) // block)
+        if lp.policy.head_reads is not None:  # the head that reads most decides
+            most = -(-int(np.max(lp.policy.head_reads.entries(selector.read, i, np.int64(total)))) // block)
         forced = -(-selector.sink // block) + -(-selector.recent // block) + 1
         return min(max(most, forced), lp.capacity // block)
 

@@ -145,7 +145,10 @@ def block_counts(plan: Plan, i: int, stored: Array) -> Array:
     """int32, like `stored` (entries per head): blocks to read, sinks and recent ones included. Exact: tabulated."""
     lp = plan.layers[i]
     longest = lp.capacity + lp.policy.codec.residual + lp.policy.codec.sink
-    block = plan.block(i)
+    block, reads = plan.block(i), lp.policy.head_reads
+    if reads is not None:
+        always = jnp.minimum(stored, lp.policy.selector.sink + lp.policy.selector.recent)
+        return -(-jnp.maximum(reads.entries(lp.policy.selector.read, i, stored), always) // block)
     table = np.array([-(-lp.policy.selector.entries(n) // block) for n in range(longest + 1)], np.int32)
     return jnp.asarray(table)[jnp.clip(stored, 0, longest)]
 

@@ -201,7 +201,7 @@ class Room:
         return jnp.maximum(self.slots - self.start - steps // self.every, 0)
 
 
-PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement", "prefill")
+PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement", "prefill", "head_reads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +227,7 @@ class Policy:
     codec: Codec = Plain()
     selector: Any = None
     placement: Any = None
+    head_reads: Any = None
     prefill: PrefillPattern | None = None
     budget: int | float | None = None
     sink: int = 0

@@ -248,3 +248,23 @@ def test_fed_one_by_one_tokens_meet_the_selection():
             np.testing.assert_array_equal(last[row], got[row, n - 1])
         assert not np.asarray(last[2]).any()
     assert logits[1.0] < 1e-3 < 1e-2 < logits[8]
+
+
+def test_heads_share_what_is_read():
+    """Shares follow the scores, never exceed 1, and their mean is the budget; the tables hold as many blocks."""
+    from kvjax.policies.selectors.head_reads import HeadReads
+
+    scores = ((0.9, 0.0), (0.05, 0.05))
+    shares = HeadReads(scores, beta=2.0).shares(0.5) / 1024
+    want = np.array([[1.0, 0.25], [0.25 + 0.375, 0.25 + 0.375]])  # 0.25 each, 0.75 to the first, 0.25 left
+    want[1] = 0.25 + (1.0 - 0.75) / 2
+    np.testing.assert_allclose(shares, want, atol=2e-3)
+    p = policy("exact_topk", read=0.5) | P.head_reads(heads=scores, beta=2.0)
+    plan, cache = filled(p)
+    for layer in range(LM.layers):
+        slots, after = chosen_slots(plan, cache, query(cache, layer))
+        for (b, h), got in slots.items():
+            fill = int(after.layers[layer].fill[b, h])
+            assert len(got) == max(1, fill * int(want[layer, h] * 1024 + 1e-6) // 1024)
+    with pytest.raises(ValueError, match="fraction"):
+        filled(policy("exact_topk", read=8) | P.head_reads(heads=scores))
