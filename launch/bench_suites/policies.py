@@ -106,7 +106,8 @@ def prefill_seconds(lm: DecoderLM, params: Any, context: int) -> float:
 def chunked(lm: DecoderLM, params: Any, spec: str, context: int, chunk: int) -> Row:
     """The row of a chunked prefill. The device's peak counts from the start of the process: order matters.
 
-    Weights of zero serve: initialising random ones takes more memory than what is measured here.
+    Weights of zero serve: initialising random ones takes more memory than what is measured here. So do the buffers in
+    which XLA tries matrix products: `peak_bytes` means something with XLA_FLAGS=--xla_gpu_autotune_level=0 only.
     """
     plan = Plan(policies.parse(spec), lm.shape, 1, context, _RESERVE, page_size=64)
     device = next(iter(params.embedding.devices()))
