@@ -32,7 +32,7 @@ SIZES = {
     "compresskv": (48, 448),
     "razorattention": (8, 1024),
     "duoattention": (200, 448),
-    "pq_refined": (22, 7936),
+    "pq_refined": (24, 7936),
     "a2ats": (12, 4096),
     **{method: (48, 2048) for method in codecs.METHODS},
 }

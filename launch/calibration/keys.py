@@ -12,19 +12,10 @@ from kvjax.policies.selectors.refined import _encode, _learn
 from kvjax.types import Array, AttentionInputs
 from launch.calibration import samples
 from launch.calibration.heads import Progress, collect
-from launch.evaluation.synthetic import RULER_TASKS, ruler_sample
 from launch.session import Session
 
 EVERY = 4  # of a text's tokens one in so many enters
 ROUNDS = 20
-
-
-def _text(session: Session, length: int, index: int) -> list[int]:
-    """At most `length` tokens: each generated task in turn with its answers, of a seed that no evaluation uses."""
-    task = RULER_TASKS[index % len(RULER_TASKS)]
-    sample = ruler_sample(task, length, session.encode, seed=3, index=index)
-    text = session.encode(sample.context) + session.encode(sample.question)
-    return session.begin() + text + session.encode(" " + ", ".join(sample.answers))[: sample.max_new_tokens]
 
 
 def _gather(session: Session, count: int, length: int, step: Progress, distance: int = 0):  # type: ignore[no-untyped-def]
@@ -47,10 +38,10 @@ def _gather(session: Session, count: int, length: int, step: Progress, distance:
         return k[0, :, ::EVERY], q[0, :, ::EVERY]
 
     for index in range(count):
-        tokens = _text(session, length if index % 4 == 3 else length // 2, index)
-        width = -(-len(tokens) // 512) * 512
-        rows = collect(session.lm, session.model.params, *samples.padded(tokens, width), record)
-        n = -(-len(tokens) // EVERY)
+        tokens = samples.needle(session, length, index).tokens
+        width = -(-length // samples.BIN) * samples.BIN + samples.BIN
+        rows = collect(session.lm, session.model.params, *samples.padded(tokens[:width], width), record)
+        n = -(-min(len(tokens), width) // EVERY)
         k = np.stack([np.asarray(r[0], np.float32)[:, :n] for r in rows])
         q = np.stack([np.asarray(r[1], np.float64)[:, :n] for r in rows])
         q = q.reshape(shape.layers, shape.kv_heads, -1, shape.head_dim)

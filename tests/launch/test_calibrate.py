@@ -14,7 +14,7 @@ from kvjax.codecs.calibrate_capture import capture
 from kvjax.policies import calibration, parse
 from kvjax.policies.head_scores import SHIPPED
 from launch import calibrate, cli
-from launch.calibration import codecs, duo, heads, queries, samples
+from launch.calibration import codecs, duo, heads, keys, queries, samples
 from launch.session import define_model_flags, open_session
 from models.decoder import causal_attend
 
@@ -200,3 +200,45 @@ def test_shipped_files_are_complete():
     np.testing.assert_allclose(arrays["layer_errors"].sum(), 1, rtol=1e-5)
     stats = calibration.load(str(SHIPPED / "kvref-22m" / "queries.safetensors"))
     assert stats["filters"].shape == (12, 2, 64) and stats["query_cov"].shape == (12, 6, 64, 64)
+    codes = calibration.load(str(SHIPPED / "kvref-22m" / "key_codes.safetensors"))
+    assert codes["books"].shape == (12, 2, 4, 256, 16) and codes["fine_books"].shape == (12, 2, 16, 16, 4)
+
+
+def test_the_basis_measures_keys_as_queries_do():
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((300, 16)) * np.geomspace(0.1, 4, 16)
+    k = rng.standard_normal((500, 16)) @ rng.standard_normal((16, 16))
+    moment = q.T @ q
+    turn = keys.basis(k, moment, 4, ridge=0.0)
+    want = ((k @ q.T) ** 2).sum(-1) * 16 / np.trace(moment)
+    np.testing.assert_allclose(((k @ turn) ** 2).sum(-1), want, rtol=1e-6)
+    share = ((k - k.mean(0)) @ turn).var(0).reshape(4, 4)
+    assert (np.diff(share, axis=1) <= 0).all()  # every slice gets one of the four largest axes, and so on
+
+
+@pytest.mark.parametrize("name", ["pq_refined", "a2ats"])
+def test_codebooks_from_the_command_describe_new_keys(name, tmp_path):
+    """A decoded key of another text is nearer to it than the mean key is, in the norm of the queries."""
+    out = str(tmp_path / "codes.safetensors")
+    given = [f"--method={name}", f"--model={MODEL}", f"--out={out}", "--samples=2", "--length=512"]
+    assert cli.run(calibrate.define, calibrate.main, given) == 0
+    selector = parse(f"{name}(file={out!r})").selector
+    shape = session().lm.shape
+    selector.check(shape)
+    const = selector.constants(0, shape)
+    k, _ = keys._gather(session(), 3, 512, lambda n: None, distance=2048 if name == "a2ats" else 0)
+    x = np.asarray(k[0, 0, -100:], np.float64)
+    if name == "a2ats":
+        factor = const["factor"][0].astype(np.float64)
+        far = ((x[:, None] - const["codebook"][0].astype(np.float64)) @ factor) ** 2
+        error, size = far.sum(-1).min(-1), (((x - x.mean(0)) @ factor) ** 2).sum(-1)
+    else:
+        x = (x - const["mean"][0]) @ const["turn"][0].astype(np.float64)
+        left = x.copy()
+        for level in ("books", "fine_books"):
+            words = const[level][0].astype(np.float64)
+            part = left.reshape(len(x), len(words), 1, -1)
+            at = ((part - words) ** 2).sum(-1).argmin(-1)
+            left -= np.stack([w[at[:, i]] for i, w in enumerate(words)], 1).reshape(x.shape)
+        error, size = (left**2).sum(-1), ((x - x.mean(0)) ** 2).sum(-1)
+    assert error.mean() < 0.5 * size.mean()
