@@ -202,6 +202,11 @@ def half_multiply(a: Reg, b: Reg, c: Reg | None = None) -> Reg:
     return asm("fma.rn.f16x2 $0, $1, $2, $3;", "r", [a, b, c])[0]
 
 
+def half_add(a: Reg, b: Reg) -> Reg:
+    """a + b of two f16 each."""
+    return asm("add.rn.f16x2 $0, $1, $2;", "r", [a, b])[0]
+
+
 def half_maximum(a: Reg, b: Reg, dtype: str) -> Reg:
     """Larger of two f16 or bf16 each; a NaN loses."""
     return asm(f"max.{dtype}x2 $0, $1, $2;", "r", [a, b])[0]

@@ -34,6 +34,7 @@ def wgmma(
     init: bool,
     a_transposed: bool = False,
     wait: bool = True,
+    tiles: list[int] | None = None,
 ) -> list[list[Reg]]:
     """A chain of m64 products, and the wait for it: acc[m] += sum over k of A[m, k] B[k].
 
@@ -45,6 +46,7 @@ def wgmma(
       types: (accumulator, A, B) as PTX names them.
       init: start from 0.
       a_transposed: A lies in shared memory with its rows contiguous (16-bit types).
+      tiles: per product the index of its accumulator, if the products come in the order of issue instead.
       wait: False leaves the products in flight: nothing may touch the results before `wgmma_wait`.
     """
     kind = "r" if types[0] == "s32" else "f"
@@ -56,21 +58,21 @@ def wgmma(
     args = [b_matrix]
     if a_matrix is not None:
         args.append(a_matrix)
-    # Tile after tile within a step of k: products that follow one another do not wait for one another.
-    per_tile = len(a) // count
-    order = [tile * per_tile + s for s in range(per_tile) for tile in range(count)]
-    a, b = [a[i] for i in order], [b[i] for i in order]
+    if tiles is None:
+        # Tile after tile within a step of k: products that follow one another do not wait for one another.
+        per_tile = len(a) // count
+        order = [tile * per_tile + s for s in range(per_tile) for tile in range(count)]
+        a, b, tiles = [a[i] for i in order], [b[i] for i in order], list(range(count)) * per_tile
     register_a = [regs for regs in a if not isinstance(regs, int)]
     args += [r for regs in register_a for r in regs]
     first = total + (0 if init else total)  # operands: outputs, then tied inputs, then args
     names = itertools.count(first + (1 if a_matrix is None else 2))
     b_name, a_name = f"${first}", f"${first + 1}"
     lines = ["{", ".reg .b64 da, db;", ".reg .pred p;", "wgmma.fence.sync.aligned;"]
-    for index, (a_op, b_off) in enumerate(zip(a, b, strict=True)):
-        tile = index % count
+    for index, (a_op, b_off, tile) in enumerate(zip(a, b, tiles, strict=True)):
         regs = ", ".join(f"${i}" for i in range(tile * size, (tile + 1) * size))
         lines.append(f"add.s64 db, {b_name}, {b_off >> 4};")
-        fresh = init and index < count
+        fresh = init and tile not in tiles[:index]
         lines.append(f"setp.ne.b32 p, {0 if fresh else 1}, 0;")
         if isinstance(a_op, int):
             lines.append(f"add.s64 da, {a_name}, {a_op >> 4};")

@@ -49,6 +49,7 @@ def check_one(name, *, q_positions=None, mask=None, positions=None, window=None,
             for b, h, i in np.ndindex(blocks.shape):
                 if blocks[b, h, i] >= 0:
                     kept[b, h, blocks[b, h, i] * block_size :][:block_size] = True
+            kept[..., kept.shape[2] - problem.store.residual :] = True
             valid = valid & kept
         seen = oracle.visibility(total, positions, q_positions, mask, window, tokens, valid, order)
         want = oracle.attention(problem.q, problem.k, problem.v, seen, dim**-0.5, softcap)
@@ -56,15 +57,26 @@ def check_one(name, *, q_positions=None, mask=None, positions=None, window=None,
             positions=positions, q_positions=q_positions, mask=mask, table=problem.table, blocks=blocks
         )
         arrays = {n: jnp.asarray(a) for n, a in arrays.items() if a is not None}
-        f = jax.jit(functools.partial(decode_attention, scale=dim**-0.5, window=window, softcap=softcap,
-                                      block_size=block_size, return_lse=True, return_mass=True,
-                                      implementation="mosaic_gpu"))  # fmt: skip
+        attend = jax.jit(decode_attention, static_argnames=("scale", "window", "softcap", "block_size", "return_lse",
+                                                            "return_mass", "mass_per", "implementation"))  # fmt: skip
+        f = functools.partial(attend, scale=dim**-0.5, window=window, softcap=softcap,
+                              block_size=block_size, return_lse=True, return_mass=True,
+                              implementation="mosaic_gpu")  # fmt: skip
         got = f(problem.q, problem.store, lengths=jnp.asarray(problem.lengths), **arrays)
         some = np.isfinite(want[1])
         same = (np.isinf(np.asarray(got.lse)) == ~some).all()
         lse = float(np.abs(np.asarray(got.lse) - want[1])[some].max()) if some.any() else 0.0
         e = error(got.out, want[0])
-        bad = "" if e < 1e-2 and same and lse < 3e-2 and error(got.mass, want[2]) < 1e-2 else "  <-- BAD"
+        heads = problem.lengths.shape[1]
+        per_head = f(
+            problem.q, problem.store, lengths=jnp.asarray(problem.lengths), mass_per="kv_head", **arrays
+        )
+        summed = error(per_head.mass, want[2].reshape(want[2].shape[0], heads, -1, want[2].shape[2]).sum(2))
+        unseen = (np.asarray(got.mass)[want[2] == 0] == 0).all()
+        fine = (
+            e < 1e-2 and same and lse < 3e-2 and error(got.mass, want[2]) < 1e-2 and summed < 1e-2 and unseen
+        )
+        bad = "" if fine else "  <-- BAD"
         print(f"{name:44s} out {e:.1e} lse {lse:.1e} mass {error(got.mass, want[2]):.1e}{bad}", flush=True)
     except Exception as ex:
         print(f"{name:44s} FAILED {type(ex).__name__}: {str(ex)[:400]}", flush=True)
@@ -125,6 +137,31 @@ def checks():
         check_one(f"{fmt} group 3", fmt=fmt, group=3, slots=4096, lengths=[[4096, 4000], [1, 2049]])
         check_one(f"{fmt} dim 256, pages of 256", fmt=fmt, dim=256, page=256, q_positions="last",
                   lengths=[[512, 400], [40, 64]])  # fmt: skip
+    for fmt in ("int4", "int2"):
+        packed = dict(fmt=fmt, kv_group=32)
+        check_one(f"{fmt} group 32", **packed, lengths=[[512, 511], [33, 0]])
+        check_one(f"{fmt} group 32, pages of 128, residual", **packed, page=128, residual=128)
+        check_one(f"{fmt} group 32, 16 queries a head", **packed, group=16)
+        check_one(f"{fmt} group 32, 5 queries a head", **packed, group=5, residual=8)
+        check_one(f"{fmt} group 32, 1 query a head", **packed, group=1, residual=20)
+        check_one(f"{fmt} group 32, dim 256", **packed, dim=256, group=2, residual=70)
+        check_one(
+            f"{fmt} group 32, 3 tokens, window",
+            **packed,
+            tokens=3,
+            residual=40,
+            q_positions="last",
+            window=90,
+        )
+        check_one(
+            f"{fmt} group 32, 8192 slots, softcap",
+            **packed,
+            slots=8192,
+            lengths=8000,
+            residual=33,
+            softcap=5.0,
+        )
+        check_one(f"{fmt} group 128, 6 queries a head", fmt=fmt, kv_group=128, group=6, residual=64)
     positions = np.sort(rng.choice(60_000, (2, 2, 512)), -1).astype(np.int32)
     positions[:, :, ::7] = -1
     q_positions = np.sort(rng.choice(60_000, (2, 4)), -1).astype(np.int32)
@@ -133,8 +170,15 @@ def checks():
     check_one("dense tree", tokens=4, mask=mask, lengths=[[300, 512], [64, 65]])
     check_one("int4 tree positions", fmt="int4", tokens=4, mask=mask, positions=positions, q_positions=q_positions,
               lengths=[[300, 512], [64, 65]])  # fmt: skip
+    both = np.concatenate([positions, rng.integers(-1, 60_000, (2, 2, 24)).astype(np.int32)], -1)
+    for fmt in ("dense", "int8", "int2"):
+        args = dict(fmt=fmt, kv_group=32, tokens=4, residual=24, lengths=[[300, 512], [64, 65]])
+        check_one(f"{fmt} residual, positions", **args, positions=both, q_positions=q_positions)
+        check_one(f"{fmt} residual, tree", **args, mask=mask)
     blocks = np.array([[[3, 0, 7], [1, -1, -1]], [[7, 6, 5], [0, 2, -1]]], np.int32)
     for fmt in ("dense", "int8", "int4"):
+        check_one(f"{fmt} blocks of 64, residual", fmt=fmt, blocks=blocks, block_size=64, lengths=full, residual=9,
+                  kv_group=32)  # fmt: skip
         check_one(f"{fmt} blocks of 64", fmt=fmt, blocks=blocks, block_size=64, lengths=full)
         check_one(
             f"{fmt} blocks of 64, pages of 128", fmt=fmt, blocks=blocks, block_size=64, page=128, lengths=full

@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx
-from pallas_kernels.decode_attention import gpu_products, gpu_queries, gpu_step
+from pallas_kernels.decode_attention import gpu_products, gpu_queries, gpu_step, gpu_window
 from pallas_kernels.decode_attention.gpu_limits import choose_splits, choose_stages, preferred_block
 from pallas_kernels.decode_attention.gpu_plan import Plan
+from pallas_kernels.decode_attention.gpu_window import WeightLayout
 from pallas_kernels.decode_attention.reference import attend_residual, slot_mass
 from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
 from pallas_kernels.merge_partials import merge_partials
@@ -38,6 +39,7 @@ def decode_attention_gpu(
     blocks: Array | None,  # int32 [batch, kv_heads, n_blocks]
     block_size: int | None,
     return_mass: bool,
+    mass_per: str = "query",
     splits: int | None = None,
     stages: int | None = None,
     block: int | None = None,
@@ -50,18 +52,21 @@ def decode_attention_gpu(
     slots = store.slots if table is None else store.slots * table.shape[2]
     fmt = "half" if store.format == DENSE else store.format
     block = block or preferred_block(store, math.gcd(store.slots, block_size or store.slots), columns)
+    stages = stages or choose_stages(fmt, dim, block)
     plan = Plan(
         fmt=fmt, dtype=_NAMES[q.dtype.name], dim=dim, columns=columns, tokens=tokens, block=block,
-        stages=stages or choose_stages(fmt, dim, block), scale=scale, softcap=softcap, window=window, group=store.group,
+        stages=max(stages, 4) if store.residual else stages, scale=scale, softcap=softcap, window=window, group=store.group,
         meta="f32" if store.k_scale is None else _NAMES[store.k_scale.dtype.name],
         causal=q_positions is not None, positions=positions is not None,
-        tree=0 if mask is None else mask.shape[2], logits=slots if return_mass else 0,
+        tree=0 if mask is None else mask.shape[2], weights=return_mass,
         **dict(zip(("key_chunks", "value_steps"), parts or (dim // 64, 8 if dim == 128 else 4))),
     )  # fmt: skip
     read = slots if blocks is None else blocks.shape[2] * block_size
     splits = splits or choose_splits(rows, read, block, {"int4": 4, "int2": 8}.get(fmt, 2))
     skips = window is not None and positions is None and blocks is None
-    call = _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size, skips)
+    residual = gpu_window.window_plan(plan, q, store)
+    layout = WeightLayout(slots, block, store.residual if residual else 0, columns, plan.weight_columns)
+    call = _kernel(plan, residual, layout, rows, kv_heads, splits, store, table, blocks, block_size, skips)
     arrays = {"q": q.reshape(rows, columns, dim), "lengths": lengths.reshape(rows)}
     for name in store.slot_fields():
         arrays[name] = _flat(getattr(store, name), name, fmt)
@@ -71,6 +76,11 @@ def decode_attention_gpu(
         arrays["blocks"] = blocks.reshape(rows, -1)
         arrays["counts"] = (blocks >= 0).sum(-1, dtype=jnp.int32).reshape(rows)
     total = lengths if store.res_lengths is None else lengths + store.res_lengths
+    if residual:
+        arrays |= {n: getattr(store, n).reshape(rows, -1, dim) for n in ("k_res", "v_res")}
+        arrays["res_lengths"] = store.res_lengths.reshape(rows)
+        if positions is not None:
+            arrays["res_positions"] = positions[..., slots:].reshape(rows, -1)
     if mask is not None:
         bits = jnp.uint32(1) << jnp.arange(mask.shape[2], dtype=jnp.uint32)
         arrays["tree"] = lax.bitcast_convert_type((mask * bits).sum(-1, dtype=jnp.uint32), jnp.int32)
@@ -82,14 +92,15 @@ def decode_attention_gpu(
     if skips:
         oldest = jnp.where(q_positions < 0, jnp.iinfo(jnp.int32).max, q_positions).min(-1)
         arrays["first_step"] = jnp.maximum(oldest - (window - 1), 0) // block  # [batch]
-    out, lse, *logits = call(arrays)
-    if splits == 1:
+    out, lse, *weights = call(arrays)
+    if out.shape[1] == 1:
         out, lse = out[:, 0], lse[:, 0]
     else:
         out, lse = merge_partials(jnp.moveaxis(out, 1, 0), jnp.moveaxis(lse, 1, 0))
     grouped = (batch, kv_heads, columns)
     out, lse = out.reshape(*grouped, dim), lse.reshape(grouped)
-    if store.residual:
+    outside = store.residual and not residual
+    if outside:
         rest = dict(lengths=lengths, positions=positions, q_positions=q_positions, mask=mask, scale=scale)
         part = attend_residual(q, store, **rest, window=window, softcap=softcap, slots=slots)
         out, lse = merge_partials([out, part[0]], [lse, part[1]])
@@ -100,10 +111,14 @@ def decode_attention_gpu(
             written &= _in_blocks(blocks, slots, block_size)
         if skips:
             written &= jnp.arange(slots) >= arrays["first_step"][:, None, None] * block
-        values = logits[0].reshape(*grouped, slots) * math.log(2.0)
-        mass = slot_mass(jnp.where(written[:, :, None], values, -jnp.inf), lse, tokens)
-        if store.residual:
-            mass = jnp.concatenate([mass, slot_mass(part[2], lse, tokens)], axis=-1)
+        if residual:
+            inside = jnp.arange(store.residual) < store.res_lengths[..., None]
+            written = jnp.concatenate([written, inside], -1)
+        mass = gpu_window.mass_of_slots(layout, *weights, lse, written, tokens, mass_per == "kv_head")
+        if outside:
+            rest = slot_mass(part[2], lse, tokens)
+            rest = rest if mass_per == "query" else rest.reshape(batch, kv_heads, -1, store.residual).sum(2)
+            mass = jnp.concatenate([mass, rest], axis=-1)
     shape = (batch, q_heads, tokens)
     return out.reshape(*shape, dim), lse.reshape(shape), mass
 
@@ -124,24 +139,30 @@ def _flat(x: Array, name: str, fmt: str) -> Array:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_size, skips):
-    """The kernel as a function of the dict of arrays: (out [rows, splits, columns, dim], lse, logits?)."""
-    page = slots if table is None else store.slots
+def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, block_size, skips):
+    """The kernel as a function of the dict of arrays: (out [rows, parts, columns, dim], lse, weights?, references?).
+
+    The residual window is part 0 where there is one, so that its short CTAs start first and not last.
+    """
+    page = store.slots
+    before = 1 if window else 0
     per, block, stages = store.slots_per_row, plan.block, plan.stages
     unit = min(block, page)
     copies = block // unit
     fields = list(store.slot_fields())
     columns, dim = plan.columns, plan.dim
     out_type = [
-        jax.ShapeDtypeStruct((rows, splits, columns, dim), jnp.float32),
-        jax.ShapeDtypeStruct((rows, splits, columns), jnp.float32),
+        jax.ShapeDtypeStruct((rows, before + splits, columns, dim), jnp.float32),
+        jax.ShapeDtypeStruct((rows, before + splits, columns), jnp.float32),
     ]
-    if plan.logits:
-        out_type.append(jax.ShapeDtypeStruct((rows, columns, plan.logits), jnp.float32))
-    scratch = _scratch(plan, store, fields, copies)
+    if plan.weights:
+        out_type += layout.shapes(rows)
+    scratch = _scratch(plan, window, store, fields, copies)
     names = ["q", "lengths", *fields]
     names += ["table"] if table is not None else []
     names += ["blocks", "counts"] if blocks is not None else []
+    names += ["k_res", "v_res", "res_lengths"] if window else []
+    names += ["res_positions"] if window and plan.positions else []
     names += ["tree", "total"] if plan.tree else []
     names += ["q_positions"] if plan.causal else []
     names += ["positions"] if plan.positions else []
@@ -150,15 +171,57 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
     def body(*refs, **scr):
         ref = dict(zip(names, refs))
         out, lse, *rest = refs[len(names) :]
-        logits = rest[0] if plan.logits else None
-        row, split = lax.axis_index("row"), lax.axis_index("split")
+        row, part = lax.axis_index("row"), lax.axis_index("part")
+        split = part - before
         length = ref["lengths"][row]
+        raw = {n: _raw(r) for n, r in scr.items() if n != "barrier"}
+        shared = {n: raw[n] for n in ("q_tile", "p_tile", "scratch", "column_scales")}
+        if plan.causal:
+            shared["q_positions"] = ref["q_positions"].at[lax.div(row, kv_heads)]
+        if plan.tree:
+            shared["tree"] = ref["tree"].at[lax.div(row, kv_heads)]
+        if plan.weights:
+            shared |= {"weights": rest[0].at[row], "references": rest[1].at[row]}
+        if not window:
+            attend(ref, scr, raw, shared, out, lse, row, split, part, length)
+            return
+        pl.when(part == 0)(lambda: attend_window(ref, raw, shared, out, lse, row, length))
+        pl.when(part > 0)(lambda: attend(ref, scr, raw, shared, out, lse, row, split, part, length))
+
+    def attend_window(ref, raw, shared, out, lse, row, length):
+        _inline(gpu_queries.load_queries(window), ref["q"].at[row], raw["q_tile"], raw["p_tile"],
+                raw["column_scales"])  # fmt: skip
+        state = _inline(gpu_step.initial_state(window), result=window.state_registers)
+        entries = ref["res_lengths"][row]
+        total = ref["total"][row] if plan.tree else length
+        args = shared | {"k": raw["k"], "v": raw["v"]}
+        positions = []
+        if plan.positions:
+            args["positions"] = raw["positions"]
+            positions = [ref["res_positions"].at[row], raw["positions"]]
+
+        def one(i, state):
+            first = i * window.block
+            _inline(gpu_window.load_window(window), ref["k_res"].at[row], ref["v_res"].at[row], raw["k"], raw["v"],
+                    first, entries, *positions)  # fmt: skip
+            state = _inline(gpu_step.attend_keys(window), state, length + first, length + entries, total, 0,
+                            layout.blocks * layout.block + first, layout.blocks + i, args,
+                            result=window.state_registers)  # fmt: skip
+            state = _inline(gpu_products.attend_values(window), state, 0, raw["v"], raw["p_tile"],
+                            result=window.state_registers)  # fmt: skip
+            _inline(_sync)
+            return state
+
+        state = lax.fori_loop(0, lax.div(entries + (window.block - 1), window.block), one, state)
+        _inline(gpu_step.write_partial(window), state, raw["scratch"], out.at[row, 0], lse.at[row, 0])
+
+    def attend(ref, scr, raw, shared, out, lse, row, split, part, length):
         if blocks is None:
             n_steps = lax.div(length + (block - 1), block)
         else:
             n_steps = ref["counts"][row] * (block_size // block)
         skipped = jnp.minimum(ref["first_step"][lax.div(row, kv_heads)], n_steps) if skips else 0
-        start, end = (skipped + lax.div(part * (n_steps - skipped), splits) for part in (split, split + 1))
+        start, end = (skipped + lax.div(s * (n_steps - skipped), splits) for s in (split, split + 1))
 
         def first_slot(i):
             if blocks is None:
@@ -191,7 +254,6 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
             def _(s=s):
                 fetch(start + s, s)
 
-        raw = {n: _raw(r) for n, r in scr.items() if n != "barrier"}
         _inline(
             gpu_queries.load_queries(plan),
             ref["q"].at[row],
@@ -232,19 +294,13 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
 
             else:
                 plgpu.barrier_wait(scr["barrier"].at[stage])
-            args = {n: raw[n].at[stage] for n in fields}
-            args |= {n: raw[n] for n in ("q_tile", "p_tile", "scratch", "column_scales")}
+            args = shared | {n: raw[n].at[stage] for n in fields}
             if plan.positions:
                 args["positions"] = raw["positions"].at[stage]
-            if plan.causal:
-                args["q_positions"] = ref["q_positions"].at[lax.div(row, kv_heads)]
-            if plan.tree:
-                args["tree"] = ref["tree"].at[lax.div(row, kv_heads)]
-            if plan.logits:
-                args["logits"] = logits.at[row]
             total = ref["total"][row] if plan.tree else length
-            state = _inline(gpu_step.attend_keys(plan), state, first_slot(i), length, total, buffer, args, *scores,
-                            result=plan.state_registers)  # fmt: skip
+            first = first_slot(i)
+            state = _inline(gpu_step.attend_keys(plan), state, first, length, total, buffer, first,
+                            lax.div(first, block), args, *scores, result=plan.state_registers)  # fmt: skip
 
             # Everyone has passed this step's barrier, so that the previous step's stage is free. One warp runs
             # the copies' address arithmetic, the other three go on.
@@ -259,14 +315,14 @@ def _kernel(plan, rows, kv_heads, splits, slots, store, table, blocks, block_siz
             return state, following, 1 - buffer
 
         state, _, _ = lax.fori_loop(start, end, one, (state, jnp.int32(0), jnp.int32(0)))
-        _inline(gpu_step.write_partial(plan), state, raw["scratch"], out.at[row, split], lse.at[row, split])
+        _inline(gpu_step.write_partial(plan), state, raw["scratch"], out.at[row, part], lse.at[row, part])
 
     kernel = plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(splits, rows),
-        grid_names=("split", "row"),
+        grid=(before + splits, rows),
+        grid_names=("part", "row"),
         kernel_name=f"decode_attention_{plan.fmt}",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -288,7 +344,7 @@ def _tiling(dtype) -> tuple:
     return plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128)
 
 
-def _scratch(plan, store, fields, copies) -> dict:
+def _scratch(plan, window, store, fields, copies) -> dict:
     """Shared memory: stages of every field, the q and P tiles, and small areas."""
     stages = plan.stages
     shapes = {"k": (plan.k_rows, plan.dim), "v": (plan.k_rows, plan.dim)}
@@ -302,15 +358,17 @@ def _scratch(plan, store, fields, copies) -> dict:
         dtype = getattr(store, name).dtype
         transforms = _tiling(dtype) if name in ("k", "v") else ()
         out[name] = plgpu.SMEM((stages, *shapes[name]), dtype, transforms=transforms)
-    q_row = -(-plan.q_dim * plan.q_bytes // 128) * 64
-    p_row = -(-plan.block * 2 // 128) * 64
-    q_copies = 2 * plan.key_groups if plan.packed else 1
+    plans = [plan, window] if window else [plan]
+    q_rows = max(
+        p.n_scores * (2 * p.key_groups if p.packed else 1) * -(-p.q_dim * p.q_bytes // 128) for p in plans
+    )
+    p_rows = max(2 * p.n_values * -(-p.block * 2 // 128) for p in plans)
     # The step works on these by address: 16-bit elements stand for their bytes, the tiling for their alignment.
     swizzled = _tiling(jnp.float16)
-    out["q_tile"] = plgpu.SMEM((q_copies * plan.n_scores, q_row), jnp.float16, transforms=swizzled)
-    out["p_tile"] = plgpu.SMEM((2 * plan.n_values, p_row), jnp.float16, transforms=swizzled)
-    out["scratch"] = plgpu.SMEM((4 * 4 * max(plan.logical, 2),), jnp.float32)
-    out["column_scales"] = plgpu.SMEM((max(plan.n_scores, 32),), jnp.float32)
+    out["q_tile"] = plgpu.SMEM((q_rows, 64), jnp.float16, transforms=swizzled)
+    out["p_tile"] = plgpu.SMEM((p_rows, 64), jnp.float16, transforms=swizzled)
+    out["scratch"] = plgpu.SMEM((4 * 4 * max(2, *(p.logical for p in plans)),), jnp.float32)
+    out["column_scales"] = plgpu.SMEM((max(32, *(p.n_scores for p in plans)),), jnp.float32)
     arrivals = copies * len(fields)
     if plan.positions:
         out["positions"] = plgpu.SMEM((stages, plan.block), jnp.int32)

@@ -11,8 +11,8 @@ from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
 
 Array = jax.Array
 _SMS = 132  # of an H100 or H200; only the choice of splits depends on it
-# Queries per KV head, by (packed, head_dim 256): more would spill registers. Packed ones count per value group.
-_MAX_COLUMNS = {(False, False): 64, (False, True): 64, (True, False): 32, (True, True): 16}
+_MAX_COLUMNS = 64  # queries per KV head: more would spill registers
+_MAX_PACKED = {128: {32: 16, 64: 16, 128: 32}, 256: {32: 2, 64: 4, 128: 8}}  # the same by head_dim and group
 _MAX_TREE = 32
 
 
@@ -29,12 +29,11 @@ def unsupported(
     dims = (64, 128, 192, 256) if store.format == DENSE else (128, 256)
     if dim not in dims:
         return f"head_dim={dim}; format {store.format!r} supports {dims}"
-    copies = dim // store.group if store.format in PACKED_BITS else 1
-    most = _MAX_COLUMNS[store.format in PACKED_BITS, dim == 256]
-    if columns * copies > most:
-        return f"{columns} queries per KV head (group x tokens); at most {most // copies} are supported"
-    if store.format in PACKED_BITS and store.group not in (64, 128):
-        return f"group={store.group}; 64 and 128 are supported"
+    if store.format in PACKED_BITS and store.group not in _MAX_PACKED[dim]:
+        return f"group={store.group}; {tuple(_MAX_PACKED[dim])} are supported"
+    most = _MAX_PACKED[dim][store.group] if store.format in PACKED_BITS else _MAX_COLUMNS
+    if columns > most:
+        return f"{columns} queries per KV head (group x tokens); at most {most} are supported"
     if mask is not None and mask.shape[2] > _MAX_TREE:
         return f"a mask over {mask.shape[2]} new tokens; at most {_MAX_TREE} are supported"
     least = least_block(store)

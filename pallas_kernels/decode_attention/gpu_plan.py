@@ -7,7 +7,8 @@ channels fill the 64 rows of `wgmma` and the few queries are its columns. All ti
 A column is one (query head of the group, token), `Plan.columns` of them, laid out per storage format:
   - half: as they are. 8 bits: each twice in QK, since q is split into a high and a low part whose products are
     added: an 8-bit operand with 8 to 16 bits of accuracy, and K is used as stored.
-  - packed: repeated for every channel group of V, whose scales are folded into P.
+  - packed: in P once for every channel group of V, whose scales are folded into P; in QK as many of these copies
+    as fit into the padding to 8 columns. Key groups of 32 are further columns of QK, of which each row uses its own.
 Packed K, and V of all but half, are loaded into registers in the fragment layout of `wgmma`; which slot sits at
 which place of the contraction is free as long as P is stored in the same order.
 
@@ -49,7 +50,7 @@ class Plan:
     causal: bool = False  # positions of the queries limit what they see
     positions: bool = False  # slots have explicit positions
     tree: int = 0  # newest slots that a mask decides on
-    logits: int = 0  # slots per row of the scaled logits to write out; 0: none
+    weights: bool = False  # write P and its references out, from which the mass of every slot follows
     key_chunks: int = 2  # packed: 64-channel parts of K in registers at a time
     value_steps: int = 8  # 16-slot parts of V in registers at a time
 
@@ -69,14 +70,36 @@ class Plan:
         return self.dim // self.group if self.packed else 1
 
     @property
+    def copies(self) -> int:
+        """Copies of each column in QK: as many value groups as the padding to 8 columns holds."""
+        padded = -(-self.columns // 8) * 8
+        fits = [c for c in range(1, self.value_groups + 1) if self.value_groups % c == 0]
+        return max(c for c in fits if self.columns * c <= padded)
+
+    @property
+    def repeats(self) -> int:
+        """Copies in P of each column of QK, for the value groups that QK has no copy for."""
+        return self.value_groups // self.copies
+
+    @property
     def n_scores(self) -> int:
-        """Columns of the QK product, padded to 8."""
-        return -(-self.columns * self.value_groups * (2 if self.split else 1) // 8) * 8
+        """Columns of QK for one key group, padded to 8."""
+        return -(-self.columns * self.copies * (2 if self.split else 1) // 8) * 8
+
+    @property
+    def tile_groups(self) -> int:
+        """Key groups of a 64-slot tile that have columns of their own: rows e = 0 and 1 of a group of 32."""
+        return max(1, 64 // self.group) if self.packed else 1
+
+    @property
+    def n_raw(self) -> int:
+        """Columns of the QK product."""
+        return self.n_scores * self.tile_groups
 
     @property
     def n_values(self) -> int:
         """Columns of the PV product, padded to 8."""
-        return -(-self.logical // 2) * 8
+        return -(-self.logical // 2) * 8 * self.repeats
 
     @property
     def tiles(self) -> int:
@@ -126,7 +149,7 @@ class Plan:
     @property
     def score_registers(self) -> int:
         """Registers that `start_scores` leaves in flight."""
-        return self.tiles * self.chains * self.n_scores // 2
+        return self.tiles * self.chains * self.n_raw // 2
 
     @property
     def acc_registers(self) -> int:
@@ -136,7 +159,12 @@ class Plan:
     @property
     def state_registers(self) -> int:
         """Registers carried from step to step: accumulator, reference, sum, and the zero points' sum if packed."""
-        return self.acc_registers + self.logical * (3 if self.packed else 2)
+        return self.acc_registers + self.logical * (2 + (self.repeats if self.packed else 0))
+
+    @property
+    def weight_columns(self) -> int:
+        """Columns of the weights written out: `columns`, padded to write two at a time."""
+        return self.columns + self.columns % 2
 
 
 class Thread:
@@ -155,9 +183,9 @@ class Thread:
             return self.quad + 4 * j
         return self.quad * 2 + (8 * (j // 2) + j % 2)
 
-    def value_column(self, j: int) -> Reg:
+    def value_column(self, j: int, repeat: int = 0) -> Reg:
         """Where that column lies in P and in the accumulator, so that the same thread holds it there."""
-        return self.quad * 2 + (8 * (j // 2) + j % 2)
+        return self.quad * 2 + (8 * (j // 2) + j % 2 + repeat * self.plan.n_scores)
 
     def slot(self, tile: int, e: int) -> Reg:
         """Slot of the step in row e of a 64-slot tile."""
@@ -170,8 +198,8 @@ def unpack_state(plan: Plan, regs: list[Reg]):
     """(acc per 64-channel tile, reference, total, zero sums) of the carried registers."""
     n, at = plan.n_values // 2, plan.acc_registers
     acc = [regs[i * n : (i + 1) * n] for i in range(plan.dim // 64)]
-    parts = [regs[at + i * plan.logical : at + (i + 1) * plan.logical] for i in range(3)]
-    return acc, parts[0], parts[1], parts[2]
+    parts = [regs[at + i * plan.logical : at + (i + 1) * plan.logical] for i in range(2)]
+    return acc, parts[0], parts[1], regs[at + 2 * plan.logical :]
 
 
 def pack_state(acc, reference, total, zeros) -> list[Reg]:

@@ -43,31 +43,32 @@ def start_scores(plan: Plan):
 
     def body(ctx, k, q_tile, buffer):
         t = Thread(plan)
-        n, row = plan.n_scores, -(-plan.q_dim * 2 // 128) * 128
-        address = ptx.smem_address(q_tile) + ptx.scalar(buffer) * (n * row * plan.key_groups)
+        row = -(-plan.q_dim * 2 // 128) * 128
+        group_bytes = plan.n_scores * row
+        address = ptx.smem_address(q_tile) + ptx.scalar(buffer) * (group_bytes * plan.key_groups)
         b_matrix = ptx_wgmma.matrix(address, rows_apart=row * 8)
         in_row = [(s // 4) * 1024 + (s % 4) * 32 for s in range(row // 32)]
-        extra, per = plan.dim // 64, plan.key_chunks
+        extra, per = plan.dim // 128, plan.key_chunks
         raw = [[] for _ in range(plan.tiles * plan.chains)]
         for start in range(0, plan.dim // 64, per):
             fragments = _key_fragments(plan, t, ptx.smem_address(k), range(start, start + per))
             last = start + per == plan.dim // 64
-            a, b = [], []
+            products = []  # (step, accumulator, A, B): in this order
             for tile in range(plan.tiles):
                 # "Codes" of 1 for the zero points, with the same powers of two as the slots of each row have.
                 field = 2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0
                 ones = [ptx.i32((1 << (plan.packed * (field + e))) * 0x10001) for e in range(2)]
                 group = tile * 64 // plan.group
                 here = range(4 * start, 4 * (start + per) + (extra if last else 0))
-                tile_b = [group * n * row + in_row[s] for s in here]
                 tile_a = fragments[tile] + ([[*ones, *ones]] * extra if last else [])
-                for chain in range(plan.chains):
-                    a += tile_a[chain :: plan.chains]
-                    b += tile_b[chain :: plan.chains]
-            types = ("f32", "f16", "f16")
-            raw = ptx_wgmma.wgmma(
-                raw, a, b, b_matrix=b_matrix, n=n, types=types, init=start == 0, wait=not last
-            )
+                products += [
+                    (i, tile * plan.chains + i % plan.chains, regs, group * group_bytes + in_row[s])
+                    for i, (s, regs) in enumerate(zip(here, tile_a, strict=True))
+                ]
+            products.sort(key=lambda p: p[:2])
+            _, tiles, a, b = (list(x) for x in zip(*products))
+            raw = ptx_wgmma.wgmma(raw, a, b, b_matrix=b_matrix, n=plan.n_raw, types=("f32", "f16", "f16"),
+                                  init=start == 0, wait=not last, tiles=tiles)  # fmt: skip
         return ptx.as_array([r for tile in raw for r in tile])
 
     return body
@@ -75,7 +76,7 @@ def start_scores(plan: Plan):
 
 def _finish_scores(plan: Plan, raw: list[Reg]) -> list[list[Reg]]:
     """Wait for `start_scores`: accumulator registers per tile."""
-    done, size = ptx_wgmma.wgmma_wait(raw), plan.n_scores // 2
+    done, size = ptx_wgmma.wgmma_wait(raw), plan.n_raw // 2
     parts = [done[i * size : (i + 1) * size] for i in range(plan.tiles * plan.chains)]
     if plan.chains == 1:
         return parts
@@ -108,7 +109,9 @@ def scores(plan: Plan, t: Thread, k_tile: Reg, q_tile: Reg, scales, raw) -> list
     for tile in range(plan.tiles):
         rows = []
         for e in range(2):
-            pairs = [(raw[tile][4 * nt + 2 * e], raw[tile][4 * nt + 2 * e + 1]) for nt in range(n // 8)]
+            own = e * (n // 8) if plan.tile_groups == 2 else 0  # the columns of the row's key group
+            pairs = [(raw[tile][4 * (own + nt) + 2 * e], raw[tile][4 * (own + nt) + 2 * e + 1])
+                     for nt in range(n // 8)]  # fmt: skip
             if plan.packed:
                 field = 2 * (tile % (4 // plan.packed)) + e if plan.packed == 2 else e
                 values = [(x, 2.0 ** (24 - plan.packed * field)) for pair in pairs for x in pair]
@@ -167,7 +170,7 @@ def attend_values(plan: Plan):
 
 def _value_fragments(plan: Plan, t: Thread, v_tile: Reg, steps) -> list[list[list[Reg]]]:
     """V^T in registers: [channel tile][step of the contraction] -> 4 registers."""
-    out, seen = [[] for _ in range(plan.dim // 64)], {}
+    out, seen, joined = [[] for _ in range(plan.dim // 64)], {}, {}
 
     def word(row: int, half: int) -> Reg:
         """4 channels of row 2 quad + `row`."""
@@ -180,7 +183,7 @@ def _value_fragments(plan: Plan, t: Thread, v_tile: Reg, steps) -> list[list[lis
     for half in range(plan.dim // 128):
         for s in steps:
             if plan.packed:
-                regs = _packed_step(plan, t, word, half, s)
+                regs = _packed_step(plan, word, joined, half, s)
             else:
                 regs = _eight_bit_step(plan, t, word, half, s)
             for tile in range(2):
@@ -188,17 +191,22 @@ def _value_fragments(plan: Plan, t: Thread, v_tile: Reg, steps) -> list[list[lis
     return out
 
 
-def _packed_step(plan, t, word, half, s):
-    """Codes times powers of two as f16 denormals: [byte of the word][c]; the two slots of a register are 32 apart."""
-    bits, per_block = plan.packed, 4 * (4 // plan.packed)
-    block, inside = s // per_block, s % per_block
-    tile, s4 = (inside // 4, inside % 4) if bits == 2 else (0, inside)
-    masks = [((1 << bits) - 1) << (bits * (2 * tile + e)) for e in range(2)]
+def _packed_step(plan, word, joined, half, s):
+    """Codes times powers of two as f16 denormals: [byte of the word][c]; slots of a step in their natural order.
+
+    A register holds the same field of two neighbouring byte rows, so that their bytes are joined once for all fields.
+    """
+    bits, fields = plan.packed, 8 // plan.packed
+    block, field, rows = s // (2 * fields), s // 2 % fields, s % 2
+    mask = ((1 << bits) - 1) << (bits * field)
     regs = [[] for _ in range(4)]
     for c in range(2):
-        w = word(c + 8 * s4 + 32 * block, half)
+        at = 8 * c + 16 * rows + 32 * block
         for byte in range(4):
-            regs[byte].append(ptx.prmt(w, 0, 0x4040 | byte << 8 | byte) & (masks[0] | masks[1] << 16))
+            if (at, byte, half) not in joined:
+                pair = word(at, half), word(at + 1, half)
+                joined[at, byte, half] = ptx.prmt(*pair, (0x44 + byte * 0x11) << 8 | byte * 0x11)
+            regs[byte].append(joined[at, byte, half] & (mask | mask << 16))
     return regs
 
 

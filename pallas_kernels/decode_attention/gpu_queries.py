@@ -126,7 +126,7 @@ def query_pairs(plan: Plan):
     def body(ctx, q):
         t = Thread(plan)
         source, regs = ptx.global_address(q), []
-        for start in range(0, plan.columns * plan.value_groups, 8):
+        for start in range(0, plan.columns * plan.copies, 8):
             head = ((t.index >> 4) + start) % plan.columns
             for run in range(plan.dim // 128):
                 at = source + ptx.wide((head * plan.dim + ((t.index & 15) + 16 * run) * 8) * 2)
@@ -140,14 +140,14 @@ def query_pairs(plan: Plan):
 
 def query_pair_registers(plan: Plan) -> int:
     """Registers that `query_pairs` returns."""
-    return -(-plan.columns * plan.value_groups // 8) * plan.dim // 128 * 4
+    return -(-plan.columns * plan.copies // 8) * plan.dim // 128 * 4
 
 
 def scale_queries(plan: Plan):
     """Inline function (pairs, k_scale, k_zero, q_tile, buffer): q times the key scales of each group of the step.
 
-    The tile's first `dim` elements of a column are q * scale in the order of the K fragments; the next dim / 4
-    hold the sums of q * zero over 4 channels each, against codes that are all 1.
+    The tile's first `dim` elements of a column are q * scale in the order of the K fragments; the next dim / 8
+    hold the sums of q * zero over 8 channels each, against codes that are all 1.
     """
 
     def body(ctx, pairs, k_scale, k_zero, q_tile, buffer):
@@ -157,7 +157,7 @@ def scale_queries(plan: Plan):
         base = ptx.smem_address(q_tile) + ptx.scalar(buffer) * (one * plan.key_groups)
         scales, zeros = ptx.smem_address(k_scale), ptx.smem_address(k_zero)
         size = 4 if plan.meta == "f32" else 2
-        used, quarter, place = plan.columns * plan.value_groups, plan.dim // 4, t.index & 15
+        used, quarter, place = plan.columns * plan.copies, plan.dim // 4, t.index & 15
         q_words = [ptx.as_bits(x) for x in ptx.registers(pairs)]
         for group in range(plan.key_groups):
             for run in range(plan.dim // 128):
@@ -180,9 +180,9 @@ def scale_queries(plan: Plan):
                             to = tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
                             ptx.store(to, ptx.half_multiply(q4[i], s[i]))
                             total = ptx.half_multiply(q4[i], z[i], total)
-                        element = place * 2 + (plan.dim + 32 * run)
+                        element = place + (plan.dim + 16 * run)
                         to = tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
-                        ptx.store(to, total)
+                        ptx.store(to, ptx.half_add(total, ptx.prmt(total, 0, 0x1032)), 2)
                         return []
 
                     if used % 8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from pallas_kernels import ptx
@@ -28,9 +29,8 @@ def initial_state(plan: Plan):
     def body(ctx):
         zero, start = f32(0.0), f32(_START)
         acc = [zero] * plan.acc_registers
-        return ptx.as_array(
-            acc + [start] * plan.logical + [zero] * (plan.logical * (2 if plan.packed else 1))
-        )
+        rest = plan.logical * (1 + (plan.repeats if plan.packed else 0))
+        return ptx.as_array(acc + [start] * plan.logical + [zero] * rest)
 
     return body
 
@@ -38,15 +38,18 @@ def initial_state(plan: Plan):
 def attend_keys(plan: Plan):
     """Inline function for the first half of a step: scores, softmax, P into shared memory, one barrier.
 
-    Arguments: state; scalars first slot, row length, total length, buffer, and stage; refs k, v, k_scale, v_scale,
-    v_zero (stage slices), q_tile, p_tile, column_scales, scratch, positions, q_positions, tree, logits, new_q
-    arguments. Unused refs are None. Returns the state; P waits in p_tile[buffer].
+    Arguments: state; scalars first slot, row length, total length, buffer, and where the step's slots and its
+    reference lie in what `Plan.weights` writes out; refs k, v, k_scale, v_scale, v_zero (stage slices), q_tile,
+    p_tile, column_scales, scratch, positions, q_positions, tree, weights, references. Unused refs are None. Returns
+    the state; P waits in p_tile[buffer].
     """
 
-    def body(ctx, state, first_slot, length, total, buffer, refs, raw=None):
+    def body(ctx, state, first_slot, length, total, buffer, place, unit, refs, raw=None):
         t = Thread(plan)
         acc, reference, sums, zeros = unpack_state(plan, ptx.registers(state))
-        first, length, total, buffer = (ptx.scalar(x) for x in (first_slot, length, total, buffer))
+        first, length, total, buffer, place, unit = (
+            ptx.scalar(x) for x in (first_slot, length, total, buffer, place, unit)
+        )
         address = {name: ptx.address(ref) for name, ref in refs.items() if ref is not None}
         size = 4 if plan.meta == "f32" else 2
 
@@ -60,38 +63,22 @@ def attend_keys(plan: Plan):
 
         raw = ptx.registers(raw) if plan.packed else None
         s = scores(plan, t, address["k"], address["q_tile"], key_scales, raw)
-        weights, offsets, sees = {}, {}, {}
         tokens = [t.column(j) % plan.columns % plan.tokens for j in range(plan.logical)]
         factor = P_SCALE[plan.p_type]
+        sees, scales, zero_points = {}, {}, {}
         for tile in range(plan.tiles):
             for e in range(2):
                 local = t.slot(tile, e)
                 slot = first + local
                 live = slot < length
                 sees[tile, e] = _visible(plan, slot, live, local, total, tokens, address)
-                if plan.fmt == "half":
-                    continue
-                # Codes come out of V times 2 ** (bits field); P takes that back.
-                field = (2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0) + e
-                by = factor * 2.0 ** -(plan.packed * field)
-                for j in range(plan.logical):
-                    key = (tile, e, j)
-                    if j and (not plan.packed or (j % 2 and plan.columns % 2 == 0)):
-                        weights[key], offsets[key] = weights[tile, e, j - 1], offsets[tile, e, j - 1]
-                        continue
-                    at = local * size
-                    if plan.packed:
-                        value_group = t.column(j) // plan.columns
-                        value_group = ptx.select(value_group < plan.value_groups, value_group, 0)
-                        at = (value_group * plan.block + local) * size
-                    scale = load_meta(plan, address["v_scale"] + at)
-                    weights[key], offsets[key] = ptx.select(live, scale * by, 0.0), None
-                    if plan.packed:
-                        offsets[key] = ptx.select(live, load_meta(plan, address["v_zero"] + at), 0.0)
-        if plan.logits:
-            _write_logits(plan, t, s, sees, first, length, address["logits"])
+                if plan.fmt != "half":
+                    found = _value_scales(plan, t, tile, e, live, factor, address)
+                    scales |= found[0]
+                    zero_points |= found[1]
         p_tile = address["p_tile"] + buffer * (plan.n_values * -(-plan.block * 2 // 128) * 128)
         keys = [(tile, e, j) for tile in range(plan.tiles) for e in range(2) for j in range(plan.logical)]
+        repeats = range(plan.repeats)
 
         def probabilities(reference):
             """Write P for this reference; (largest P, sum of p, sum of p * zero) of the thread's columns."""
@@ -100,18 +87,21 @@ def attend_keys(plan: Plan):
             for a, e, j in keys:
                 x, by = s[a][e][j]
                 p[a, e, j] = ptx.ex2(ptx.select(sees[a, e][j], ptx.fma(x, by, minus[j]), -math.inf))
+            if plan.weights:
+                _write_weights(plan, t, p, place, address["weights"])
             scaled = {
-                k: p[k] * weights[k] if weights else p[k] * factor if factor != 1.0 else p[k] for k in keys
-            }
+                (*k, r): p[k] * scales[*k, r] if scales else p[k] * factor if factor != 1.0 else p[k]
+                for k in keys for r in repeats
+            }  # fmt: skip
             largest = _write_probabilities(plan, t, p_tile, scaled)
             part, zero_part = [], []
             for j in range(plan.logical):
                 mine = [k for k in keys if k[2] == j]
                 part.append(_sum([p[k] for k in mine]))
-                if plan.packed:
-                    total_zero = p[mine[0]] * offsets[mine[0]]
+                for r in repeats if plan.packed else ():
+                    total_zero = p[mine[0]] * zero_points[*mine[0], r]
                     for k in mine[1:]:
-                        total_zero = ptx.fma(p[k], offsets[k], total_zero)
+                        total_zero = ptx.fma(p[k], zero_points[*k, r], total_zero)
                     zero_part.append(total_zero)
             return largest, part, zero_part
 
@@ -131,9 +121,10 @@ def attend_keys(plan: Plan):
                 for k in (k for k in keys if k[2] == j):
                     x, by = s[k[0]][k[1]][j]
                     value = ptx.select(sees[k[0], k[1]][j], x * by, -math.inf)
-                    if weights:
-                        value = value + (ptx.lg2(weights[k]) - math.log2(factor))
-                    best = ptx.maximum(best, value)
+                    for r in repeats if scales else ():
+                        scale = ptx.lg2(scales[*k, r]) - math.log2(factor)
+                        best = ptx.maximum(best, value + scale)
+                    best = best if scales else ptx.maximum(best, value)
                 peak.append(best)
             peak = _reduce(plan, t, peak, address["scratch"], ptx.maximum)
             alpha = [ptx.ex2(old - new) for old, new in zip(reference, peak)]
@@ -141,20 +132,52 @@ def attend_keys(plan: Plan):
             ptx.fence_async()
             ptx.barrier()
             scaled = [[r * alpha[_alpha_index(plan, i)] for i, r in enumerate(tile)] for tile in acc]
+            by_zero = [a for a in alpha for _ in repeats]
             return pack_state(
                 scaled, peak, [ptx.fma(x, a, y) for x, a, y in zip(sums, alpha, part)],
-                [ptx.fma(x, a, y) for x, a, y in zip(zeros, alpha, zero_part)],
+                [ptx.fma(x, a, y) for x, a, y in zip(zeros, by_zero, zero_part)],
             )  # fmt: skip
 
         added = [x + y for x, y in zip(sums, part)], [x + y for x, y in zip(zeros, zero_part)]
-        return ptx.as_array(ptx.if_(moved, move, pack_state(acc, reference, *added)))
+        state = ptx.if_(moved, move, pack_state(acc, reference, *added))
+        if plan.weights:
+            base = address["references"] + ptx.wide(unit * (plan.columns * 4))
+            _write_columns(plan, t, base, unpack_state(plan, state)[1])
+        return ptx.as_array(state)
 
     return body
 
 
+def _value_scales(
+    plan: Plan, t: Thread, tile: int, e: int, live, factor: float, address
+) -> tuple[dict, dict]:
+    """What P is multiplied by and (packed) the zero points, 0 past the length: {(tile, e, column, repeat): ...}."""
+    # Codes come out of V times 2 ** (bits field); P takes that back.
+    field = (2 * (tile % (4 // plan.packed)) if plan.packed == 2 else 0) + e
+    by, size, local = factor * 2.0 ** -(plan.packed * field), 4 if plan.meta == "f32" else 2, t.slot(tile, e)
+    scales, zeros = {}, {}
+    for j in range(plan.logical):
+        for r in range(plan.repeats):
+            key, before = (tile, e, j, r), (tile, e, j - 1, r)
+            if j and (not plan.packed or (j % 2 and plan.columns % 2 == 0)):
+                scales[key] = scales[before]
+                if plan.packed:
+                    zeros[key] = zeros[before]
+                continue
+            at = local * size
+            if plan.packed:
+                group = t.column(j) // plan.columns
+                group = ptx.select(group < plan.copies, group, 0) + r * plan.copies
+                at = (group * plan.block + local) * size
+                zeros[key] = ptx.select(live, load_meta(plan, address["v_zero"] + at), 0.0)
+            scales[key] = ptx.select(live, load_meta(plan, address["v_scale"] + at) * by, 0.0)
+    return scales, zeros
+
+
 def _alpha_index(plan: Plan, i: int) -> int:
     """Logical column of accumulator register i of a tile; of padding, any."""
-    return min(2 * (i // 4) + i % 2, plan.logical - 1)
+    j = 2 * (i // 4) + i % 2
+    return j % plan.logical if plan.packed else min(j, plan.logical - 1)
 
 
 def _sum(values: list[Reg]) -> Reg:
@@ -192,18 +215,30 @@ def _visible(plan, slot, live, local, total, tokens, address) -> list:
     return out
 
 
-def _write_logits(plan, t, s, sees, first, length, logits) -> None:
-    """Scaled logits (powers of two) [columns, slots] of the first copy of every column."""
+def _write_weights(plan: Plan, t: Thread, p: dict, place: Reg, weights: Reg) -> None:
+    """p as bf16 [slots, weight_columns], the first copy of every column."""
     for tile in range(plan.tiles):
         for e in range(2):
-            slot = first + t.slot(tile, e)
-            for j in range(plan.logical):
+            slot = place + t.slot(tile, e)
+            for j in range(0, plan.logical, 1 if plan.split else 2):
+                if (4 if plan.split else 8) * (j if plan.split else j // 2) >= plan.weight_columns:
+                    continue
                 column = t.column(j)
-                at = logits + ptx.wide((column * plan.logits + slot) * 4)
-                live = ptx.both(column < plan.columns, slot < length)
-                x, by = s[tile][e][j]
-                value = ptx.select(sees[tile, e][j], x * by, -math.inf)
-                ptx.if_(live, lambda at=at, v=value: ptx.store(at, v) or [])
+                at = weights + ptx.wide((slot * plan.weight_columns + column) * 2)
+                word = ptx.pack_half(p[tile, e, j], f32(0.0) if plan.split else p[tile, e, j + 1], "bf16")
+                bytes_ = 2 if plan.split else 4
+                ptx.if_(
+                    column < plan.weight_columns, lambda at=at, w=word, n=bytes_: ptx.store(at, w, n) or []
+                )
+
+
+def _write_columns(plan: Plan, t: Thread, base: Reg, values: list[Reg]) -> None:
+    """One f32 per column."""
+    first_row = ptx.both(t.warp.equals(0), t.row.equals(0))
+    for j, value in enumerate(values):
+        column = t.column(j)
+        at = base + ptx.wide(column * 4)
+        ptx.if_(ptx.both(first_row, column < plan.columns), lambda at=at, v=value: ptx.store(at, v) or [])
 
 
 def _write_probabilities(plan: Plan, t: Thread, p_tile: Reg, p: dict) -> Reg:
@@ -211,18 +246,19 @@ def _write_probabilities(plan: Plan, t: Thread, p_tile: Reg, p: dict) -> Reg:
     row, kind, largest = -(-plan.block * 2 // 128) * 128, plan.p_type, None
     for tile in range(plan.tiles):
         for j in range(plan.logical):
-            word = ptx.pack_half(p[tile, 0, j], p[tile, 1, j], kind)
-            largest = word if largest is None else ptx.half_maximum(largest, word, kind)
-            column = t.value_column(j)
-            if plan.fmt == "half":
-                for e in range(2):
-                    element = t.slot(tile, e)
-                    to = p_tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
-                    ptx.store(to, word if e == 0 else word >> 16, 2)
-                continue
-            element = t.warp * 16 + (t.row & 1) * 8 + (t.row >> 1) * 2 + 64 * tile
-            to = p_tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
-            ptx.store(to, word)
+            for r in range(plan.repeats):
+                word = ptx.pack_half(p[tile, 0, j, r], p[tile, 1, j, r], kind)
+                largest = word if largest is None else ptx.half_maximum(largest, word, kind)
+                column = t.value_column(j, r)
+                if not plan.split:
+                    for e in range(2):
+                        element = t.slot(tile, e)
+                        to = p_tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
+                        ptx.store(to, word if e == 0 else word >> 16, 2)
+                    continue
+                element = t.warp * 16 + (t.row & 1) * 8 + (t.row >> 1) * 2 + 64 * tile
+                to = p_tile + tile_offset(column, element >> 3, row) + (element & 7) * 2
+                ptx.store(to, word)
     return ptx.maximum(*ptx.unpack_half(largest, kind))
 
 
@@ -265,38 +301,39 @@ def write_partial(plan: Plan):
         area = ptx.smem_address(scratch)
         add = lambda a, b: a + b  # noqa: E731
         sums = _reduce(plan, t, sums, area, add)
-        zeros = _reduce(plan, t, zeros, area, add) if plan.packed else []
+        # The scratch area holds `logical` values at a time.
+        zeros = [_reduce(plan, t, zeros[r :: plan.repeats], area, add) for r in range(plan.repeats) if zeros]
+        zeros = [x for by_column in zip(*zeros) for x in by_column]
         some = [s > 0.0 for s in sums]
         inverse = [ptx.select(x, f32(1.0) / s, 0.0) for x, s in zip(some, sums)]
         base, lse_base = ptx.global_address(out), ptx.global_address(lse)
         unit = 2.0**24 if plan.packed else 2.0**8 if plan.fmt == "fp8_e4m3" else 1.0
         by = unit / P_SCALE[plan.p_type]
-        for tile in range(plan.dim // 64):
-            for nt in range(plan.n_values // 8):
-                for e in range(2):
-                    for p in range(2):
-                        j = 2 * nt + p
-                        if j < plan.logical:
-                            value = acc[tile][4 * nt + 2 * e + p] * by
-                            _write_one(plan, t, base, tile, e, j, value, inverse, zeros)
-        first_row = ptx.both(t.warp.equals(0), t.row.equals(0))
-        for j in range(plan.logical):
-            value = ptx.select(some[j], (reference[j] + ptx.lg2(sums[j])) * math.log(2.0), -math.inf)
-            column = t.column(j)
-            at = lse_base + ptx.wide(column * 4)
-            ptx.if_(ptx.both(first_row, column < plan.columns), lambda at=at, v=value: ptx.store(at, v) or [])
+        tiles = plan.n_values // 8 // plan.repeats
+        for tile, nt, e, p in itertools.product(
+            range(plan.dim // 64), range(plan.n_values // 8), (0, 1), (0, 1)
+        ):
+            j, repeat = 2 * (nt % tiles) + p, nt // tiles
+            if j < plan.logical:
+                value = acc[tile][4 * nt + 2 * e + p] * by
+                zero = zeros[j * plan.repeats + repeat] if plan.packed else None
+                _write_one(plan, t, base, tile, e, j, repeat, value, inverse[j], zero)
+        found = [ptx.select(x, (r + ptx.lg2(s)) * math.log(2.0), -math.inf)
+                 for x, r, s in zip(some, reference, sums)]  # fmt: skip
+        _write_columns(plan, t, lse_base, found)
 
     return body
 
 
-def _write_one(plan, t, base, tile, e, j, value, inverse, zeros) -> None:
+def _write_one(plan, t, base, tile, e, j, repeat, value, inverse, zero) -> None:
     column, row = t.column(j), channel(t, tile, e)
     wanted = column < plan.columns
     head = column
     if plan.packed:
-        value = value + zeros[j]
-        wanted = (column // plan.columns).equals(row // plan.group)
+        value = value + zero
+        group = column // plan.columns + repeat * plan.copies
+        wanted = ptx.both(group.equals(row // plan.group), column < plan.columns * plan.copies)
         head = column % plan.columns
-    value = value * inverse[j]
+    value = value * inverse
     at = base + ptx.wide((head * plan.dim + row) * 4)
     ptx.if_(wanted, lambda: ptx.store(at, value) or [])

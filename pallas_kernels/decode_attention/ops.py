@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,9 @@ class DecodeOut(NamedTuple):
 
     out: Array  # [batch, q_heads, tokens, head_dim]; f32 if lse was asked for (a partial), else q's dtype
     lse: Array | None  # f32 [batch, q_heads, tokens], -inf where nothing is visible
-    mass: Array | None  # f32 [batch, q_heads, slots + residual], probability summed over the tokens
+    mass: (
+        Array | None
+    )  # f32 [batch, q_heads or kv_heads, slots + residual], probability summed over the tokens
 
 
 def decode_attention(
@@ -48,6 +51,7 @@ def decode_attention(
     block_size: int | None = None,
     return_lse: bool = False,
     return_mass: bool = False,
+    mass_per: str = "query",
     implementation: str | None = None,
 ) -> Array | DecodeOut:
     """Attention of 1 to 16 new tokens a row over everything stored, their own keys and values included.
@@ -80,6 +84,8 @@ def decode_attention(
       block_size: slots per block; with `table`, a multiple or a divisor of the page size.
       return_lse: also return the log-sum-exp, and `out` in float32, to be merged with other parts.
       return_mass: also return the probability of every slot, summed over the tokens; 0 in blocks not read.
+      mass_per: "query" for one row of mass per query head, "kv_head" for their sum over each group, which is
+        cheaper: one row per KV head leaves the device's memory.
       implementation: "xla", "mosaic_gpu", "mosaic_tpu", or None for the best here.
 
     Returns: `out` in q's dtype, or a `DecodeOut` if lse or mass is asked for.
@@ -89,6 +95,8 @@ def decode_attention(
       checkify.JaxRuntimeError: under `checkify.checkify`, lengths, pages or blocks out of range.
     """
     _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size)
+    if mass_per not in ("query", "kv_head"):
+        raise ValueError(f"{_OP}: mass_per={mass_per!r}; 'query' and 'kv_head' are supported")
     args = dict(
         lengths=lengths, positions=positions, q_positions=q_positions, mask=mask, scale=float(scale),
         window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
@@ -105,11 +113,13 @@ def decode_attention(
     chosen = choose_implementation(_OP, implementation, reasons, tuple(reasons))
     run = {
         "xla": decode_attention_xla,
-        "mosaic_gpu": gpu.decode_attention_gpu,
+        "mosaic_gpu": functools.partial(gpu.decode_attention_gpu, mass_per=mass_per),
         "mosaic_tpu": tpu.decode_attention_tpu,
     }[chosen]
     with jax.named_scope(_OP):
         out, lse, mass = run(q, kv, **args)
+        if mass is not None and mass_per == "kv_head" and chosen != "mosaic_gpu":
+            mass = mass.reshape(*lengths.shape, -1, mass.shape[-1]).sum(2)
     if not return_lse:
         out = out.astype(q.dtype)
     if not (return_lse or return_mass):

@@ -1,5 +1,6 @@
 """The Hopper kernel: lowered on any host, checked against the float64 loop where there is a Hopper GPU."""
 
+import dataclasses
 import functools
 
 import decode_oracle as oracle
@@ -22,11 +23,15 @@ def ints(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def lower(fmt, *, batch=2, kv_heads=2, group=4, slots=1024, dim=128, tokens=1, page=None, **options):
+def lower(fmt, *, batch=2, kv_heads=2, group=4, slots=1024, dim=128, tokens=1, page=None, kv_group=64, residual=0,
+          **options):  # fmt: skip
     """The StableHLO text of a call for a CUDA device."""
     lead = (batch, kv_heads, slots) if page is None else (batch * kv_heads * slots // page, page)
     x = jax.ShapeDtypeStruct((*lead, dim), BF16)
-    store = jax.eval_shape(functools.partial(formats.encode, format=fmt), x, x)
+    store = jax.eval_shape(functools.partial(formats.encode, format=fmt, group=kv_group), x, x)
+    if residual:
+        window = jax.ShapeDtypeStruct((batch, kv_heads, residual, dim), BF16)
+        store = dataclasses.replace(store, k_res=window, v_res=window, res_lengths=ints(batch, kv_heads))
     arrays = dict(lengths=ints(batch, kv_heads))
     if page is not None:
         arrays["table"] = ints(batch, kv_heads, slots // page)
@@ -58,10 +63,19 @@ def test_lowers_to_one_kernel_that_takes_the_cache_as_stored(fmt):
         ("int8", dict(page=64, positions=ints(2, 2, 1024), q_positions=ints(2, 1))),
         ("int4", dict(blocks=ints(2, 2, 5), block_size=64)),
         ("fp8_e4m3", dict(dim=256, group=16)),
+        ("int4", dict(kv_group=32, residual=128, return_mass=True, mass_per="kv_head")),
+        (
+            "int2",
+            dict(kv_group=32, residual=48, page=128, positions=ints(2, 2, 1072), q_positions=ints(2, 1)),
+        ),
     ],
 )
 def test_options_lower(fmt, options):
-    assert lower(fmt, **options).count("@mosaic_gpu") == 1
+    text = lower(fmt, **options)
+    assert text.count("@mosaic_gpu") == 1
+    assert (
+        "stablehlo.dot_general" not in text
+    )  # no part of the attention, the residual window's least, is left to XLA
 
 
 def test_splits_fill_the_device_without_tiny_parts():
@@ -86,7 +100,7 @@ def test_splits_fill_the_device_without_tiny_parts():
         (dict(dtype=jnp.float32), "q is float32"),
         (dict(dim=80), "head_dim=80"),
         (dict(fmt="int8", dim=64), "head_dim=64"),
-        (dict(fmt="int4", kv_group=32), "group=32"),
+        (dict(fmt="int4", kv_group=16), "group=16"),
         (dict(group=65), "65 queries per KV head"),
         (dict(group=17, fmt="int2"), "at most 16"),
         (dict(page=32, fmt="int8"), "page_size=32"),
@@ -120,3 +134,11 @@ def test_device_formats_and_layouts(fmt, page):
     run(oracle.make(rng, **base, tokens=4, lengths=[[512, 300], [64, 65]]), mask=mask)
     blocks = np.array([[[2, 0], [1, -1]], [[3, 1], [0, 2]]], np.int32)
     run(oracle.make(rng, **base), blocks=blocks, block_size=128)
+    residual = base | dict(kv_group=32, residual=72)
+    run(oracle.make(rng, **residual))
+    run(
+        oracle.make(rng, **residual, tokens=2),
+        q_positions=np.array([[300, 301], [40, 41]], np.int32),
+        window=100,
+    )
+    run(oracle.make(rng, **residual, tokens=4, lengths=[[512, 300], [64, 65]]), mask=mask)
