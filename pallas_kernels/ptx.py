@@ -253,6 +253,12 @@ def unpack_fp8(x: Reg, dtype: str) -> tuple[Reg, Reg]:
     return lo, hi
 
 
+def e4m3_to_f16(x: Reg, high: bool) -> Reg:
+    """Low or high 16 bits, two e4m3 -> two f16."""
+    half = "h" if high else "l"
+    return asm(f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.rn.f16x2.e4m3x2 $0, {half}; }}", "r", [x])[0]
+
+
 def bits_to_float(x: Reg) -> Reg:
     """Reinterpret 32 bits as f32."""
     return Reg(arith.bitcast(ir.F32Type.get(), x.value), "f")
@@ -330,6 +336,22 @@ def barrier_any(bit: ir.Value) -> ir.Value:
 def fence_async() -> None:
     """Make this thread's shared-memory stores visible to tensor cores and the copy engine."""
     asm("fence.proxy.async.shared::cta;", "")
+
+
+def bulk_store(to: Reg, source: Reg, size: int) -> None:
+    """Let the copy engine write `size` bytes of shared memory to global memory; both 16-byte aligned.
+
+    The bytes stay in the L2 cache for whoever reads them next, as long as there is room.
+    """
+    copy = "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint"
+    policy = "createpolicy.fractional.L2::evict_last.b64 keep, 1.0;"
+    asm(f"{{ .reg .b64 keep; {policy} {copy} [$0], [$1], {size}, keep; }}", "", [to, source])
+    asm("cp.async.bulk.commit_group;", "")
+
+
+def bulk_wait() -> None:
+    """Wait until what this thread's `bulk_store`s write has been read from shared memory."""
+    asm("cp.async.bulk.wait_group.read 0;", "")
 
 
 def if_(bit: ir.Value, then, otherwise: Sequence[Reg] = ()) -> list[Reg]:

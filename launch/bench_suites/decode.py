@@ -69,13 +69,21 @@ def operands(batch: int, slots: int, heads: tuple[int, int, int], dtype: Any) ->
     return jax.random.normal(keys[0], (batch, q_heads, 1, dim), dtype), make(keys[1]), make(keys[2])
 
 
-def store_of(k: Array, v: Array, fmt: str, meta_dtype: Any = None) -> formats.KVStore:
+def store_of(k: Array, v: Array, fmt: str, meta_dtype: Any = None, group: int = 64) -> formats.KVStore:
     """Encode row by row: the float32 temporaries of a whole batch would not fit."""
     if fmt == formats.DENSE:
         return formats.KVStore(k, v)
-    encode = jax.jit(functools.partial(formats.encode, format=fmt, meta_dtype=meta_dtype))
+    encode = jax.jit(functools.partial(formats.encode, format=fmt, meta_dtype=meta_dtype, group=group))
     parts = [encode(k[i : i + 1], v[i : i + 1]) for i in range(k.shape[0])]
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def with_window(store: formats.KVStore, dtype: Any, entries: int = 128) -> formats.KVStore:
+    """The store with a full residual window of random entries."""
+    batch, kv_heads, _, dim = store.k.shape
+    k, v = jax.random.normal(jax.random.key(2), (2, batch, kv_heads, entries, dim), dtype)
+    lengths = jnp.full((batch, kv_heads), entries, jnp.int32)
+    return dataclasses.replace(store, k_res=k, v_res=v, res_lengths=lengths)
 
 
 def paged(store: formats.KVStore, page: int) -> tuple[formats.KVStore, Array]:
@@ -96,7 +104,7 @@ def paged(store: formats.KVStore, page: int) -> tuple[formats.KVStore, Array]:
 
 def own(
     name: str, q: Array, store: formats.KVStore, *, share: float = 1.0, implementation: str | None = None,
-    mass: bool = False, chained: bool = False, **more: Any,
+    mass: str | None = None, chained: bool = False, **more: Any,
 ) -> Row:  # fmt: skip
     """Measure `decode_attention` reading `share` of the store's bytes."""
     batch = q.shape[0]
@@ -109,8 +117,8 @@ def own(
 
     def call(q, store, lengths, table, more):
         got = decode_attention(
-            q, store, lengths=lengths, table=table, scale=q.shape[-1] ** -0.5, return_mass=mass,
-            implementation=implementation, **more, **static,
+            q, store, lengths=lengths, table=table, scale=q.shape[-1] ** -0.5, return_mass=mass is not None,
+            mass_per=mass or "query", implementation=implementation, **more, **static,
         )  # fmt: skip
         return (got.out, got.mass) if mass else got
 
@@ -147,10 +155,15 @@ def rows() -> Iterator[Row]:
         q, k, v = operands(batch, slots, HEADS, jnp.bfloat16)
         for fmt in formats.FORMATS:
             yield own(f"format {fmt}", q, store_of(k, v, fmt), chained=True)
+        for fmt in formats.PACKED_BITS:
+            store = store_of(k, v, fmt, group=32)
+            yield own(f"format {fmt}, group 32", q, store)
+            yield own(f"format {fmt}, group 32, window of 128", q, with_window(store, q.dtype))
     q, k, v = operands(32, 8192, HEADS, jnp.bfloat16)
     for fmt in formats.EIGHT_BIT:
         yield own(f"format {fmt}, bf16 scales", q, store_of(k, v, fmt, jnp.bfloat16))
-    yield own("dense, mass", q, formats.KVStore(k, v), mass=True)
+    for per in ("query", "kv_head"):
+        yield own(f"dense, mass per {per}", q, formats.KVStore(k, v), mass=per)
     for batch, slots, page in RAGGED:
         q, k, v = operands(batch, slots, HEADS, jnp.bfloat16)
         store, table = paged(formats.KVStore(k, v), page)
@@ -197,6 +210,8 @@ def _small() -> Iterator[Row]:
         q, k, v = operands(batch, slots, (4, 2, 64), jnp.float32)
         for fmt in formats.FORMATS:
             yield own(f"format {fmt}", q, store_of(k, v, fmt))
+        yield own("format int4, group 32, window of 128", q, with_window(store_of(k, v, "int4", group=32), q.dtype),
+                  mass="kv_head")  # fmt: skip
         yield from _jax_peers(q, k, v)
         store, table = paged(formats.KVStore(k, v), 64)
         yield own("pages of 64", q, store, table=table)

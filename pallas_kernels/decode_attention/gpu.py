@@ -12,12 +12,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx
-from pallas_kernels.decode_attention import gpu_products, gpu_queries, gpu_step, gpu_window
-from pallas_kernels.decode_attention.gpu_limits import choose_splits, choose_stages, preferred_block
+from pallas_kernels.decode_attention import gpu_memory, gpu_products, gpu_queries, gpu_step, gpu_window
+from pallas_kernels.decode_attention.gpu_limits import (
+    choose_parts,
+    choose_splits,
+    choose_stages,
+    preferred_block,
+    resident_ctas,
+)
 from pallas_kernels.decode_attention.gpu_plan import Plan
 from pallas_kernels.decode_attention.gpu_window import WeightLayout
 from pallas_kernels.decode_attention.reference import attend_residual, slot_mass
-from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
+from pallas_kernels.formats import DENSE, KVStore
 from pallas_kernels.merge_partials import merge_partials
 
 Array = jax.Array
@@ -52,24 +58,28 @@ def decode_attention_gpu(
     slots = store.slots if table is None else store.slots * table.shape[2]
     fmt = "half" if store.format == DENSE else store.format
     block = block or preferred_block(store, math.gcd(store.slots, block_size or store.slots), columns)
-    stages = stages or choose_stages(fmt, dim, block)
+    stages = stages or choose_stages(fmt, dim, block, store.group)
+    parts = parts or choose_parts(fmt, dim, store.group)
     plan = Plan(
         fmt=fmt, dtype=_NAMES[q.dtype.name], dim=dim, columns=columns, tokens=tokens, block=block,
-        stages=max(stages, 4) if store.residual else stages, scale=scale, softcap=softcap, window=window, group=store.group,
+        stages=stages, scale=scale, softcap=softcap, window=window, group=store.group,
         meta="f32" if store.k_scale is None else _NAMES[store.k_scale.dtype.name],
         causal=q_positions is not None, positions=positions is not None,
         tree=0 if mask is None else mask.shape[2], weights=return_mass,
-        **dict(zip(("key_chunks", "value_steps"), parts or (dim // 64, 8 if dim == 128 else 4))),
+        key_chunks=parts[0], value_steps=parts[1],
     )  # fmt: skip
     read = slots if blocks is None else blocks.shape[2] * block_size
-    splits = splits or choose_splits(rows, read, block, {"int4": 4, "int2": 8}.get(fmt, 2))
+    splits = splits or choose_splits(rows, read, block, resident_ctas(fmt, store.group))
     skips = window is not None and positions is None and blocks is None
     residual = gpu_window.window_plan(plan, q, store)
-    layout = WeightLayout(slots, block, store.residual if residual else 0, columns, plan.weight_columns)
+    layout = WeightLayout(
+        slots, block, store.residual if residual else 0, residual.used if residual else 64, columns,
+        plan.weight_columns, plan.reference_columns, plan.bulk,
+    )  # fmt: skip
     call = _kernel(plan, residual, layout, rows, kv_heads, splits, store, table, blocks, block_size, skips)
     arrays = {"q": q.reshape(rows, columns, dim), "lengths": lengths.reshape(rows)}
     for name in store.slot_fields():
-        arrays[name] = _flat(getattr(store, name), name, fmt)
+        arrays[name] = gpu_memory.flat(getattr(store, name), name, fmt)
     if table is not None:
         arrays["table"] = table.reshape(rows, -1)
     if blocks is not None:
@@ -116,9 +126,10 @@ def decode_attention_gpu(
             written = jnp.concatenate([written, inside], -1)
         mass = gpu_window.mass_of_slots(layout, *weights, lse, written, tokens, mass_per == "kv_head")
         if outside:
-            rest = slot_mass(part[2], lse, tokens)
-            rest = rest if mass_per == "query" else rest.reshape(batch, kv_heads, -1, store.residual).sum(2)
-            mass = jnp.concatenate([mass, rest], axis=-1)
+            of_window = slot_mass(part[2], lse, tokens)
+            if mass_per == "kv_head":
+                of_window = of_window.reshape(batch, kv_heads, -1, store.residual).sum(2)
+            mass = jnp.concatenate([mass, of_window], axis=-1)
     shape = (batch, q_heads, tokens)
     return out.reshape(*shape, dim), lse.reshape(shape), mass
 
@@ -128,15 +139,6 @@ def _in_blocks(blocks: Array, slots: int, block_size: int) -> Array:
     n = slots // block_size
     hit = (blocks[..., None] == jnp.arange(n)).any(2)
     return jnp.repeat(hit, block_size, axis=-1)
-
-
-def _flat(x: Array, name: str, fmt: str) -> Array:
-    """Fields as the kernel's copies slice them: [rows of all, dim], [slots of all], or [heads or pages, groups, n]."""
-    if name in ("k", "v") or (name in ("k_scale", "k_zero") and fmt in PACKED_BITS):
-        return x.reshape(-1, x.shape[-1])
-    if fmt in EIGHT_BIT:
-        return x.reshape(-1)
-    return x.reshape(-1, *x.shape[-2:])
 
 
 def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, block_size, skips):
@@ -157,7 +159,7 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
     ]
     if plan.weights:
         out_type += layout.shapes(rows)
-    scratch = _scratch(plan, window, store, fields, copies)
+    scratch = gpu_memory.scratch(plan, window, store, fields, copies)
     names = ["q", "lengths", *fields]
     names += ["table"] if table is not None else []
     names += ["blocks", "counts"] if blocks is not None else []
@@ -180,6 +182,8 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
             shared["q_positions"] = ref["q_positions"].at[lax.div(row, kv_heads)]
         if plan.tree:
             shared["tree"] = ref["tree"].at[lax.div(row, kv_heads)]
+        if plan.bulk:
+            shared["reference_tile"] = raw["reference_tile"]
         if plan.weights:
             shared |= {"weights": rest[0].at[row], "references": rest[1].at[row]}
         if not window:
@@ -201,10 +205,11 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
             positions = [ref["res_positions"].at[row], raw["positions"]]
 
         def one(i, state):
-            first = i * window.block
+            first = i * window.used
             _inline(gpu_window.load_window(window), ref["k_res"].at[row], ref["v_res"].at[row], raw["k"], raw["v"],
                     first, entries, *positions)  # fmt: skip
-            state = _inline(gpu_step.attend_keys(window), state, length + first, length + entries, total, 0,
+            valid = jnp.minimum(entries, first + window.used)
+            state = _inline(gpu_step.attend_keys(window), state, length + first, length + valid, total, 0,
                             layout.blocks * layout.block + first, layout.blocks + i, args,
                             result=window.state_registers)  # fmt: skip
             state = _inline(gpu_products.attend_values(window), state, 0, raw["v"], raw["p_tile"],
@@ -212,7 +217,7 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
             _inline(_sync)
             return state
 
-        state = lax.fori_loop(0, lax.div(entries + (window.block - 1), window.block), one, state)
+        state = lax.fori_loop(0, lax.div(entries + (window.used - 1), window.used), one, state)
         _inline(gpu_step.write_partial(window), state, raw["scratch"], out.at[row, 0], lse.at[row, 0])
 
     def attend(ref, scr, raw, shared, out, lse, row, split, part, length):
@@ -240,7 +245,7 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
                     safe = jnp.minimum(slot, jnp.maximum(length - 1, 0))
                     base, inside = ref["table"][row, lax.div(safe, page)], lax.rem(slot, page)
                 for name in fields:
-                    _copy(
+                    gpu_memory.copy(
                         plan, name, ref[name], scr[name].at[stage], base, inside, page, per, unit, c, barrier
                     )
             if plan.positions:
@@ -337,61 +342,6 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
 def _sync(ctx):
     ptx.fence_async()
     ptx.barrier()
-
-
-def _tiling(dtype) -> tuple:
-    size = jnp.dtype(dtype).itemsize
-    return plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128)
-
-
-def _scratch(plan, window, store, fields, copies) -> dict:
-    """Shared memory: stages of every field, the q and P tiles, and small areas."""
-    stages = plan.stages
-    shapes = {"k": (plan.k_rows, plan.dim), "v": (plan.k_rows, plan.dim)}
-    if plan.split:
-        shapes |= {"k_scale": (plan.block,), "v_scale": (plan.block,)}
-    if plan.packed:
-        shapes |= {n: (plan.key_groups, plan.dim) for n in ("k_scale", "k_zero")}
-        shapes |= {n: (plan.dim // plan.group, plan.block) for n in ("v_scale", "v_zero")}
-    out = {}
-    for name in fields:
-        dtype = getattr(store, name).dtype
-        transforms = _tiling(dtype) if name in ("k", "v") else ()
-        out[name] = plgpu.SMEM((stages, *shapes[name]), dtype, transforms=transforms)
-    plans = [plan, window] if window else [plan]
-    q_rows = max(
-        p.n_scores * (2 * p.key_groups if p.packed else 1) * -(-p.q_dim * p.q_bytes // 128) for p in plans
-    )
-    p_rows = max(2 * p.n_values * -(-p.block * 2 // 128) for p in plans)
-    # The step works on these by address: 16-bit elements stand for their bytes, the tiling for their alignment.
-    swizzled = _tiling(jnp.float16)
-    out["q_tile"] = plgpu.SMEM((q_rows, 64), jnp.float16, transforms=swizzled)
-    out["p_tile"] = plgpu.SMEM((p_rows, 64), jnp.float16, transforms=swizzled)
-    out["scratch"] = plgpu.SMEM((4 * 4 * max(2, *(p.logical for p in plans)),), jnp.float32)
-    out["column_scales"] = plgpu.SMEM((max(32, *(p.n_scores for p in plans)),), jnp.float32)
-    arrivals = copies * len(fields)
-    if plan.positions:
-        out["positions"] = plgpu.SMEM((stages, plan.block), jnp.int32)
-        arrivals += 1
-    out["barrier"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
-    return out
-
-
-def _copy(plan, name, source, target, base, inside, page, per, unit, c, barrier) -> None:
-    """Copy one unit of one field: `base` is the page (or the row), `inside` the slot in it."""
-    if name in ("k", "v"):
-        rows = unit // per
-        at = pl.ds(base * (page // per) + lax.div(inside, per), rows)
-        part = target if unit == plan.block else target.at[pl.ds(c * rows, rows)]
-        plgpu.copy_gmem_to_smem(source.at[at], part, barrier)
-    elif plan.split:
-        part = target if unit == plan.block else target.at[pl.ds(c * unit, unit)]
-        plgpu.copy_gmem_to_smem(source.at[pl.ds(base * page + inside, unit)], part, barrier)
-    elif name in ("k_scale", "k_zero"):
-        at = base * (page // plan.group) + lax.div(inside, plan.group)
-        plgpu.copy_gmem_to_smem(source.at[pl.ds(at, plan.key_groups)], target, barrier)
-    else:
-        plgpu.copy_gmem_to_smem(source.at[base, :, pl.ds(inside, unit)], target, barrier)
 
 
 def _inline(body, *args, result: int | None = None):

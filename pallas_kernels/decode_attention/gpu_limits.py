@@ -77,17 +77,32 @@ def choose_splits(rows: int, slots: int, block: int, resident: int) -> int:
       block: slots per step.
       resident: CTAs that fit on one multiprocessor.
     """
-    wanted = 2 ** max(0, round(math.log2(resident * _SMS / rows)))
+    places = resident * _SMS
     most = max(1, slots // (4 * block))
+    if resident == 3:  # two rounds: with one, rows rarely divide the places
+        return min(max(1, 2 * places // rows), most)
+    wanted = 2 ** max(0, round(math.log2(places / rows)))
     return min(wanted, 2 ** int(math.log2(most)))
 
 
-def choose_stages(fmt: str, dim: int, block: int) -> int:
+def resident_ctas(fmt: str, group: int) -> int:
+    """CTAs that fit on one multiprocessor, by registers and shared memory."""
+    return {"int4": 4, "int2": 4 if group >= 64 else 3}.get(fmt, 2)
+
+
+def choose_stages(fmt: str, dim: int, block: int, group: int) -> int:
     """Steps in flight: enough bytes to cover the latency of memory, few enough for several CTAs.
 
     Packed formats need 3 at least: the next step's key scales are awaited one step early.
     """
     if fmt in PACKED_BITS:
-        return 4 if dim == 128 else 3
+        return 4 if dim == 128 and fmt == "int4" and group >= 64 else 3
     row = 2 * dim * (2 if fmt == "half" else 1)
     return max(2, min(6, 65_536 // (row * block) + 1))
+
+
+def choose_parts(fmt: str, dim: int, group: int) -> tuple[int, int]:
+    """64-channel parts of K and 16-slot parts of V in registers at a time: fewer where another CTA then fits."""
+    if dim == 128:
+        return (1, 4) if fmt == "int2" or (fmt == "int4" and group < 64) else (2, 8)
+    return dim // 64, 4

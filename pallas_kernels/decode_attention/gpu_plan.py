@@ -51,6 +51,7 @@ class Plan:
     positions: bool = False  # slots have explicit positions
     tree: int = 0  # newest slots that a mask decides on
     weights: bool = False  # write P and its references out, from which the mass of every slot follows
+    used: int = 0  # slots of a step that hold anything, the first ones; 0: all
     key_chunks: int = 2  # packed: 64-channel parts of K in registers at a time
     value_steps: int = 8  # 16-slot parts of V in registers at a time
 
@@ -160,6 +161,22 @@ class Plan:
     def state_registers(self) -> int:
         """Registers carried from step to step: accumulator, reference, sum, and the zero points' sum if packed."""
         return self.acc_registers + self.logical * (2 + (self.repeats if self.packed else 0))
+
+    @property
+    def bulk(self) -> bool:
+        """Weights are the P tile of a step as it lies in shared memory, which the copy engine writes out."""
+        return (
+            self.weights
+            and self.fmt == "half"
+            and self.dtype == "bf16"
+            and self.block == 64
+            and not self.used
+        )
+
+    @property
+    def reference_columns(self) -> int:
+        """Columns of the references written out: `columns`, padded for the copy engine."""
+        return -(-self.columns // 4) * 4
 
     @property
     def weight_columns(self) -> int:

@@ -146,7 +146,7 @@ def attend_values(plan: Plan):
         n, row = plan.n_values, -(-plan.block * 2 // 128) * 128
         p_address = ptx.smem_address(p_tile) + ptx.scalar(buffer) * (n * row)
         b_matrix = ptx_wgmma.matrix(p_address, rows_apart=row * 8)
-        steps = plan.block * 2 // 32
+        steps = (plan.used or plan.block) * 2 // 32
         b = [(s // 4) * 1024 + (s % 4) * 32 for s in range(steps)]
         v_tile = ptx.smem_address(v)
         types = ("f32", plan.p_type, plan.p_type)
@@ -211,7 +211,7 @@ def _packed_step(plan, word, joined, half, s):
 
 
 def _eight_bit_step(plan, t, word, half, s):
-    """8-bit codes as f16, exact: [byte][c]; 16 slots a step. e4m3 comes out times 2**-8."""
+    """8-bit codes as f16, exact: [byte][c]; 16 slots a step."""
     regs = [[] for _ in range(4)]
     for c in range(2):
         a, b = (word(16 * s + c + 8 * e, half) for e in range(2))
@@ -225,8 +225,9 @@ def _eight_bit_step(plan, t, word, half, s):
                 ptx_sub = "{ .reg .b32 k; mov.b32 k, 0x64806480; sub.f16x2 $0, $1, k; }"
                 regs[byte].append(ptx.asm(ptx_sub, "r", [biased])[0])
                 continue
-            x = ptx.prmt(joined, 0, 0x1404 if byte % 2 == 0 else 0x3424)  # codes as the high bytes of f16
             if plan.fmt == "fp8_e4m3":
-                x = ((x >> 1) & 0x3F803F80) | (x & 0x80008000)
-            regs[byte].append(x)
+                regs[byte].append(ptx.e4m3_to_f16(joined, byte % 2 == 1))
+                continue
+            codes_high = 0x1404 if byte % 2 == 0 else 0x3424  # e5m2 codes are the high bytes of f16
+            regs[byte].append(ptx.prmt(joined, 0, codes_high))
     return regs

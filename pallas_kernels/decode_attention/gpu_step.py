@@ -40,7 +40,7 @@ def attend_keys(plan: Plan):
 
     Arguments: state; scalars first slot, row length, total length, buffer, and where the step's slots and its
     reference lie in what `Plan.weights` writes out; refs k, v, k_scale, v_scale, v_zero (stage slices), q_tile,
-    p_tile, column_scales, scratch, positions, q_positions, tree, weights, references. Unused refs are None. Returns
+    p_tile, reference_tile, column_scales, scratch, positions, q_positions, tree, weights, references. Unused refs are None. Returns
     the state; P waits in p_tile[buffer].
     """
 
@@ -79,6 +79,8 @@ def attend_keys(plan: Plan):
         p_tile = address["p_tile"] + buffer * (plan.n_values * -(-plan.block * 2 // 128) * 128)
         keys = [(tile, e, j) for tile in range(plan.tiles) for e in range(2) for j in range(plan.logical)]
         repeats = range(plan.repeats)
+        if plan.bulk:
+            reference_tile = address["reference_tile"] + buffer * (plan.reference_columns * 4)
 
         def probabilities(reference):
             """Write P for this reference; (largest P, sum of p, sum of p * zero) of the thread's columns."""
@@ -87,8 +89,9 @@ def attend_keys(plan: Plan):
             for a, e, j in keys:
                 x, by = s[a][e][j]
                 p[a, e, j] = ptx.ex2(ptx.select(sees[a, e][j], ptx.fma(x, by, minus[j]), -math.inf))
-            if plan.weights:
-                _write_weights(plan, t, p, place, address["weights"])
+            words = _pack_weights(plan, p) if plan.weights and not plan.bulk else []
+            if plan.bulk:
+                _write_columns(plan, t, reference_tile, reference)
             scaled = {
                 (*k, r): p[k] * scales[*k, r] if scales else p[k] * factor if factor != 1.0 else p[k]
                 for k in keys for r in repeats
@@ -103,14 +106,16 @@ def attend_keys(plan: Plan):
                     for k in mine[1:]:
                         total_zero = ptx.fma(p[k], zero_points[*k, r], total_zero)
                     zero_part.append(total_zero)
-            return largest, part, zero_part
+            return largest, part, zero_part, words
 
-        largest, part, zero_part = probabilities(reference)
-        if plan.fmt == "half" or plan.fmt.startswith("fp8"):
+        largest, part, zero_part, words = probabilities(reference)
+        if (plan.fmt == "half" and not plan.used) or plan.fmt.startswith("fp8"):
             ptx.if_(
                 first + plan.block > length,
                 lambda: _blank_values(plan, t, address["v"], length - first) or [],
             )
+        if plan.bulk:  # the other P tile, written in the next step, has left shared memory
+            ptx.if_(t.index.equals(0), lambda: ptx.bulk_wait() or [])
         ptx.fence_async()
         moved = ptx.barrier_any(largest > factor * 2.0**HEADROOM)
 
@@ -128,21 +133,34 @@ def attend_keys(plan: Plan):
                 peak.append(best)
             peak = _reduce(plan, t, peak, address["scratch"], ptx.maximum)
             alpha = [ptx.ex2(old - new) for old, new in zip(reference, peak)]
-            _, part, zero_part = probabilities(peak)
+            _, part, zero_part, words = probabilities(peak)
             ptx.fence_async()
             ptx.barrier()
             scaled = [[r * alpha[_alpha_index(plan, i)] for i, r in enumerate(tile)] for tile in acc]
             by_zero = [a for a in alpha for _ in repeats]
-            return pack_state(
+            state = pack_state(
                 scaled, peak, [ptx.fma(x, a, y) for x, a, y in zip(sums, alpha, part)],
                 [ptx.fma(x, a, y) for x, a, y in zip(zeros, by_zero, zero_part)],
             )  # fmt: skip
+            return state + words
 
         added = [x + y for x, y in zip(sums, part)], [x + y for x, y in zip(zeros, zero_part)]
-        state = ptx.if_(moved, move, pack_state(acc, reference, *added))
+        state = ptx.if_(moved, move, pack_state(acc, reference, *added) + words)
+        state, words = state[: plan.state_registers], state[plan.state_registers :]
         if plan.weights:
-            base = address["references"] + ptx.wide(unit * (plan.columns * 4))
-            _write_columns(plan, t, base, unpack_state(plan, state)[1])
+            base = address["references"] + ptx.wide(unit * (plan.reference_columns * 4))
+            if plan.bulk:
+                to = address["weights"] + ptx.wide(place * (plan.weight_columns * 2))
+
+                def write_out():
+                    ptx.bulk_store(to, p_tile, plan.columns * 128)
+                    ptx.bulk_store(base, reference_tile, plan.reference_columns * 4)
+                    return []
+
+                ptx.if_(t.index.equals(0), write_out)
+            else:
+                _write_weights(plan, t, words, place, address["weights"])
+                _write_columns(plan, t, base, unpack_state(plan, state)[1])
         return ptx.as_array(state)
 
     return body
@@ -215,21 +233,29 @@ def _visible(plan, slot, live, local, total, tokens, address) -> list:
     return out
 
 
-def _write_weights(plan: Plan, t: Thread, p: dict, place: Reg, weights: Reg) -> None:
-    """p as bf16 [slots, weight_columns], the first copy of every column."""
-    for tile in range(plan.tiles):
-        for e in range(2):
-            slot = place + t.slot(tile, e)
-            for j in range(0, plan.logical, 1 if plan.split else 2):
-                if (4 if plan.split else 8) * (j if plan.split else j // 2) >= plan.weight_columns:
-                    continue
-                column = t.column(j)
-                at = weights + ptx.wide((slot * plan.weight_columns + column) * 2)
-                word = ptx.pack_half(p[tile, e, j], f32(0.0) if plan.split else p[tile, e, j + 1], "bf16")
-                bytes_ = 2 if plan.split else 4
-                ptx.if_(
-                    column < plan.weight_columns, lambda at=at, w=word, n=bytes_: ptx.store(at, w, n) or []
-                )
+def _weight_places(plan: Plan):
+    """(tile, e, logical column) of every word of weights that a thread writes, the first copy of every column."""
+    for tile, e, j in itertools.product(
+        range(plan.tiles), (0, 1), range(0, plan.logical, 1 if plan.split else 2)
+    ):
+        if 4 * j < plan.weight_columns:
+            yield tile, e, j
+
+
+def _pack_weights(plan: Plan, p: dict) -> list[Reg]:
+    """p as bf16, two columns a word (8 bits: one)."""
+    zero = f32(0.0)
+    return [ptx.pack_half(p[tile, e, j], zero if plan.split else p[tile, e, j + 1], "bf16")
+            for tile, e, j in _weight_places(plan)]  # fmt: skip
+
+
+def _write_weights(plan: Plan, t: Thread, words: list[Reg], place: Reg, weights: Reg) -> None:
+    """Words of `_pack_weights` into [slots, weight_columns]."""
+    size = 2 if plan.split else 4
+    for (tile, e, j), word in zip(_weight_places(plan), words, strict=True):
+        column = t.column(j)
+        at = weights + ptx.wide(((place + t.slot(tile, e)) * plan.weight_columns + column) * 2)
+        ptx.if_(column < plan.weight_columns, lambda at=at, word=word: ptx.store(at, word, size) or [])
 
 
 def _write_columns(plan: Plan, t: Thread, base: Reg, values: list[Reg]) -> None:
@@ -237,7 +263,7 @@ def _write_columns(plan: Plan, t: Thread, base: Reg, values: list[Reg]) -> None:
     first_row = ptx.both(t.warp.equals(0), t.row.equals(0))
     for j, value in enumerate(values):
         column = t.column(j)
-        at = base + ptx.wide(column * 4)
+        at = base + (column * 4 if base.kind == "r" else ptx.wide(column * 4))
         ptx.if_(ptx.both(first_row, column < plan.columns), lambda at=at, v=value: ptx.store(at, v) or [])
 
 
@@ -307,7 +333,7 @@ def write_partial(plan: Plan):
         some = [s > 0.0 for s in sums]
         inverse = [ptx.select(x, f32(1.0) / s, 0.0) for x, s in zip(some, sums)]
         base, lse_base = ptx.global_address(out), ptx.global_address(lse)
-        unit = 2.0**24 if plan.packed else 2.0**8 if plan.fmt == "fp8_e4m3" else 1.0
+        unit = 2.0**24 if plan.packed else 1.0
         by = unit / P_SCALE[plan.p_type]
         tiles = plan.n_values // 8 // plan.repeats
         for tile, nt, e, p in itertools.product(
@@ -321,6 +347,8 @@ def write_partial(plan: Plan):
         found = [ptx.select(x, (r + ptx.lg2(s)) * math.log(2.0), -math.inf)
                  for x, r, s in zip(some, reference, sums)]  # fmt: skip
         _write_columns(plan, t, lse_base, found)
+        if plan.bulk:
+            ptx.if_(t.index.equals(0), lambda: ptx.bulk_wait() or [])
 
     return body
 

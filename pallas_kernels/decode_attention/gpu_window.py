@@ -17,18 +17,21 @@ from pallas_kernels.decode_attention.gpu_plan import Plan, Thread, tile_offset
 from pallas_kernels.formats import KVStore
 
 Array = jax.Array
-BLOCK = 64  # entries a step
 
 
 def window_plan(plan: Plan, q: Array, store: KVStore) -> Plan | None:
     """The plan of the window's CTAs; None if the store has none or in another dtype than the queries."""
     if not store.residual or store.k_res.dtype != q.dtype or store.v_res.dtype != q.dtype:
         return None
-    return dataclasses.replace(plan, fmt="half", block=BLOCK, stages=1)
+    # K and V of a step lie where the stages of the stored K and V do. Of 32 entries, the product with K reads on over
+    # whatever follows in shared memory; those rows are masked.
+    room = plan.stages * plan.k_rows * plan.k_row
+    used = 64 if room >= 64 * plan.dim * 2 else 32
+    return dataclasses.replace(plan, fmt="half", block=64, used=used)
 
 
 def load_window(plan: Plan):
-    """Inline function (k, v, k tile, v tile, start, valid, positions?, position tile?): 64 entries from `start` on.
+    """Inline function (k, v, k tile, v tile, start, valid, positions?, position tile?): `used` entries from `start` on.
 
     k, v: [residual, head_dim] of one row and KV head. Entries from `valid` on become 0, their positions -1.
     """
@@ -40,7 +43,7 @@ def load_window(plan: Plan):
         found = []
         for source, target in ((k, k_tile), (v, v_tile)):
             base, to = ptx.global_address(source), ptx.smem_address(target)
-            for first in range(0, BLOCK * chunks, 128):
+            for first in range(0, plan.used * chunks, 128):
                 index = t.index + first
                 row, chunk = index // chunks, index % chunks
                 live = start + row < valid
@@ -51,11 +54,11 @@ def load_window(plan: Plan):
             for i, word in enumerate(words):
                 ptx.store(to + 4 * i, ptx.select(live, word, 0))
         if positions is not None:
-            entry = start + (t.index & (BLOCK - 1))
+            entry = start + (t.index & 63)
             live = entry < valid
             at = ptx.global_address(positions) + ptx.wide(ptx.select(live, entry, start) * 4)
             position = ptx.select(live, ptx.load(at)[0], -1)
-            ptx.store(ptx.smem_address(position_tile) + (t.index & (BLOCK - 1)) * 4, position)
+            ptx.store(ptx.smem_address(position_tile) + (t.index & 63) * 4, position)
         ptx.fence_async()
         ptx.barrier()
 
@@ -69,8 +72,11 @@ class WeightLayout:
     slots: int
     block: int
     residual: int
+    window: int  # entries a step
     columns: int  # those of a KV head
     stored_columns: int
+    reference_columns: int
+    bulk: bool  # slots of a block are minor, in the order of the swizzled tile; see `Plan.bulk`
 
     @property
     def blocks(self) -> int:
@@ -80,14 +86,15 @@ class WeightLayout:
     @property
     def windows(self) -> int:
         """Blocks of the window."""
-        return -(-self.residual // BLOCK)
+        return -(-self.residual // self.window)
 
     def shapes(self, rows: int) -> list[jax.ShapeDtypeStruct]:
-        """Weights bf16 [rows, slots and entries in whole blocks, columns], references f32 [rows, blocks, columns]."""
-        n = self.blocks * self.block + self.windows * BLOCK
+        """Weights bf16 [rows, slots and entries in whole blocks, columns], references f32 [rows, blocks, ..]."""
+        # Whole steps of 64 are written, also where the window's are shorter.
+        n = self.blocks * self.block + self.windows * self.window + 64
         return [
             jax.ShapeDtypeStruct((rows, n, self.stored_columns), jnp.bfloat16),
-            jax.ShapeDtypeStruct((rows, self.blocks + self.windows, self.columns), jnp.float32),
+            jax.ShapeDtypeStruct((rows, self.blocks + self.windows, self.reference_columns), jnp.float32),
         ]
 
 
@@ -109,19 +116,39 @@ def mass_of_slots(
     batch, kv_heads, columns = lse.shape
     group = columns // tokens
     log2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e)).reshape(-1, 1, columns)
-    factors = jnp.exp2(references - log2)  # [rows, blocks, columns]
-    sizes = [(0, layout.blocks, layout.block, layout.slots)]
+    factors = jnp.exp2(references[..., :columns] - log2)  # [rows, blocks, columns]
+    sizes = [(0, layout.blocks, layout.block, layout.slots, layout.bulk)]
     if layout.windows:
-        sizes.append((layout.blocks, layout.windows, BLOCK, layout.residual))
+        sizes.append((layout.blocks, layout.windows, layout.window, layout.residual, False))
     heads = (
         [[*range(columns)]] if per_kv_head else [[*range(h * tokens, (h + 1) * tokens)] for h in range(group)]
     )
     parts, at = [], 0
-    for first, count, block, entries in sizes:
-        p = weights[:, at : at + count * block].reshape(-1, count, block, weights.shape[-1])
+    for first, count, block, entries, bulk in sizes:
+        p = weights[:, at : at + count * block]
+        column = _swizzled_column if bulk else _column
+        p = p.reshape(p.shape[0], count, block * p.shape[2])
         by = factors[:, first : first + count, None]
-        sums = [sum(p[..., c].astype(jnp.float32) * by[..., c] for c in of_head) for of_head in heads]
+        sums = [
+            sum(column(p, block, c).astype(jnp.float32) * by[..., c] for c in of_head) for of_head in heads
+        ]
         parts.append(jnp.stack(sums, 1).reshape(batch, kv_heads, len(heads), -1)[..., :entries])
         at += count * block
     mass = jnp.where(written[:, :, None], jnp.concatenate(parts, -1), 0.0)
     return mass.reshape(batch, kv_heads * len(heads), -1)
+
+
+def _column(p: Array, block: int, c: int) -> Array:
+    """Column c of blocks [rows, blocks, slots x columns] -> [rows, blocks, slots]."""
+    return p.reshape(*p.shape[:2], block, -1)[..., c]
+
+
+def _swizzled_column(p: Array, block: int, c: int) -> Array:
+    """The same of blocks [rows, blocks, columns x 64] whose 16-byte chunks j lie at j ^ (c mod 8)."""
+    chunks = p.reshape(*p.shape[:2], -1, 2, 2, 2, 8)[:, :, c]
+    turned = [axis for axis, bit in ((2, 4), (3, 2), (4, 1)) if c & bit]
+    return (
+        jnp.flip(chunks, turned).reshape(*p.shape[:2], block)
+        if turned
+        else chunks.reshape(*p.shape[:2], block)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -111,13 +112,13 @@ def decode_attention(
         "xla": None,
     }
     chosen = choose_implementation(_OP, implementation, reasons, tuple(reasons))
-    run = {
+    implementations: dict[str, Callable] = {
         "xla": decode_attention_xla,
         "mosaic_gpu": functools.partial(gpu.decode_attention_gpu, mass_per=mass_per),
         "mosaic_tpu": tpu.decode_attention_tpu,
-    }[chosen]
+    }
     with jax.named_scope(_OP):
-        out, lse, mass = run(q, kv, **args)
+        out, lse, mass = implementations[chosen](q, kv, **args)
         if mass is not None and mass_per == "kv_head" and chosen != "mosaic_gpu":
             mass = mass.reshape(*lengths.shape, -1, mass.shape[-1]).sum(2)
     if not return_lse:

@@ -184,6 +184,16 @@ def test_returns_what_was_asked_for():
     np.testing.assert_allclose(both.mass.sum(-1), 1.0, rtol=1e-2)
 
 
+@pytest.mark.parametrize("fmt", ["dense", "int2"])
+def test_mass_per_kv_head_is_the_sum_over_its_group(fmt):
+    problem = oracle.make(np.random.default_rng(), fmt=fmt, group=3, residual=8)
+    valid, _, _ = oracle.entries(problem)
+    want = oracle.attention(problem.q, problem.k, problem.v, valid[:, :, None], 0.1)[2]
+    got = decode_attention(problem.q, problem.store, lengths=jnp.asarray(problem.lengths), scale=0.1, return_mass=True,
+                           mass_per="kv_head")  # fmt: skip
+    assert relative(got.mass, want.reshape(2, 2, 3, -1).sum(2)) <= 2e-5
+
+
 @pytest.mark.parametrize("fmt", ["dense", "int8", "int4"])
 def test_step_never_copies_the_cache(fmt):
     """One token on CPU: temporaries stay far below the keys in float32, whatever the format."""
@@ -240,6 +250,7 @@ def _zeros(*shape, dtype=jnp.int32):
         (dict(window=4), "needs q_positions"),
         (dict(blocks=_zeros(2, 2, 1)), "go together"),
         (dict(blocks=_zeros(2, 2, 1), block_size=48), "block_size=48 must divide"),
+        (dict(mass_per="group"), "mass_per='group'"),
         (dict(implementation="cuda"), "unknown implementation 'cuda'"),
         (dict(positions=_zeros(2, 2, 5)), "positions has shape"),
         (dict(table=_zeros(2, 2, 5)), "kv.k has shape"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import decode_oracle as oracle
 import jax
@@ -11,7 +12,7 @@ import pytest
 from test_decode_attention import check, draft
 
 from pallas_kernels import formats
-from pallas_kernels.decode_attention import gpu, gpu_limits
+from pallas_kernels.decode_attention import gpu, gpu_limits, gpu_window
 from pallas_kernels.platform import require_hopper
 
 BF16 = jnp.bfloat16
@@ -116,6 +117,36 @@ def test_what_the_kernel_does_not_cover_is_named(change, reason):
         problem.q, problem.store, lengths=problem.lengths, positions=None, mask=None, **layout
     )
     assert got is not None and reason in got and "\n" not in got
+
+
+@pytest.mark.parametrize("tokens, per_kv_head", [(1, True), (2, False)])
+def test_mass_from_what_the_kernel_writes(tokens, per_kv_head):
+    """Blocks as the swizzled P tile lies in shared memory, then a window with its columns minor; garbage elsewhere."""
+    rng = np.random.default_rng()
+    rows, group, slots, residual = 4, 3, 100, 40
+    columns = group * tokens
+    layout = gpu_window.WeightLayout(slots, 64, residual, 32, columns, columns + columns % 2, 8, True)
+    logits = rng.standard_normal((rows, columns, slots + residual)) * 3
+    lse = np.log(np.exp(logits).sum(-1))
+    shapes = layout.shapes(rows)
+    weights, references = (np.full(s.shape, np.nan, np.float32) for s in shapes)
+    steps = [range(0, 64), range(64, 100), range(100, 132), range(132, 140)]
+    for row, (n, step), column in itertools.product(range(rows), enumerate(steps), range(columns)):
+        references[row, n, column] = rng.standard_normal()
+        for i, slot in enumerate(step):
+            p = 2.0 ** (logits[row, column, slot] / np.log(2) - references[row, n, column])
+            if n < 2:
+                chunk = (i // 8) ^ (column % 8)
+                weights[row, 64 * n : 64 * n + 64].reshape(-1)[64 * column + 8 * chunk + i % 8] = p
+            else:
+                weights[row, 128 + 32 * (n - 2) + i, column] = p
+    got = gpu_window.mass_of_slots(
+        layout, jnp.asarray(weights, BF16), jnp.asarray(references), jnp.asarray(lse, jnp.float32).reshape(2, 2, -1),
+        jnp.ones((2, 2, slots + residual), bool), tokens, per_kv_head,
+    )  # fmt: skip
+    want = np.exp(logits - lse[..., None]).reshape(2, 2, group, tokens, -1).sum(3)
+    want = want.sum(2) if per_kv_head else want.reshape(2, 2 * group, -1)
+    np.testing.assert_allclose(got, want, rtol=1e-2)
 
 
 hopper = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu" or require_hopper() is not None,
