@@ -339,13 +339,8 @@ def fence_async() -> None:
 
 
 def bulk_store(to: Reg, source: Reg, size: int) -> None:
-    """Let the copy engine write `size` bytes of shared memory to global memory; both 16-byte aligned.
-
-    The bytes stay in the L2 cache for whoever reads them next, as long as there is room.
-    """
-    copy = "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint"
-    policy = "createpolicy.fractional.L2::evict_last.b64 keep, 1.0;"
-    asm(f"{{ .reg .b64 keep; {policy} {copy} [$0], [$1], {size}, keep; }}", "", [to, source])
+    """Let the copy engine write `size` bytes of shared memory to global memory; both 16-byte aligned."""
+    asm(f"cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], {size};", "", [to, source])
     asm("cp.async.bulk.commit_group;", "")
 
 
