@@ -55,8 +55,9 @@ class LayerPlan:
 class Plan:
     """Static description of a cache.
 
-    prompt: most prompt tokens of a row. reserve: tokens that may be appended after the prompt.
-    page_size: slots per page of the Ragged layout. Rows shorter than `prompt` are fine.
+    prompt: most prompt tokens of a row. reserve: tokens that may be appended after the prompt. page_size: slots per page
+    of the Ragged layout. pages: of the pool of each layer, for a cache that was fitted after its prompt
+    (`kvjax.cache.shrink`); a layer with 0 uses the pool before it. Rows shorter than `prompt` are fine.
     """
 
     policy: Policy
@@ -65,6 +66,7 @@ class Plan:
     prompt: int
     reserve: int
     page_size: int = 16
+    pages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.reserve < 0 or self.batch < 1:
@@ -155,7 +157,10 @@ class Plan:
             lp = self._layer(i)
             pool = i
             together = lp.ragged and lp.policy.allocator.scope == "model"
-            if together:
+            if lp.ragged and self.pages:
+                together = together or sum(n > 0 for n in self.pages) == 1
+                pool = shared = i if self.pages[i] else shared
+            elif together:
                 pool = shared = i if shared is None else shared
             skipped = self.policy.selector is not None and lp.policy.selector is None
             offloaded = lp.policy.placement is not None and not skipped
@@ -281,6 +286,8 @@ class Plan:
         pages: dict[int, int] = {}
         for lp in self.layers:
             pages[lp.pool] = pages.get(lp.pool, 0) + lp.pages
+        if self.pages:
+            pages = {i: self.pages[i] for i in pages}
         return tuple(
             self._pool_specs(self.layers[i], pages[i]) if i in pages else None
             for i in range(self.shape.layers)

@@ -17,6 +17,7 @@ from kvjax.cache import placing, traffic
 from kvjax.cache import prefix as shared
 from kvjax.cache.plan import Plan
 from kvjax.cache.prefix import Prefix
+from kvjax.cache.shrink import shrink
 from kvjax.cache.state import KVCache
 from kvjax.generation import engine, staging
 from kvjax.generation.buckets import bucket
@@ -44,7 +45,8 @@ class Generator:
     mesh: spread over this mesh; params must already be placed. page_size: of the Ragged layout.
     memory_limit: refuse to allocate a cache of more bytes than this. packing: let short prompts share rows of a
     prefill where that saves rows; not with a chunked prefill, a prefill pattern, a probe, offload, several shared prefixes or
-    a mesh, which go on unpacked.
+    a mesh, which go on unpacked. fit: after the prompt, return the pages of a Ragged cache that no head was given; None:
+    where what is kept is an outcome and not a budget (corm, dms, simlayerkv, fastgen), on one device.
     """
 
     lm: engine.LanguageModel
@@ -56,6 +58,7 @@ class Generator:
     implementation: str | None = None
     memory_limit: int | None = None
     packing: bool = False
+    fit: bool | None = None
 
     def __post_init__(self) -> None:
         if self.policy.placement is not None and self.mesh is not None and self.mesh.size > 1:
@@ -78,7 +81,7 @@ class Generator:
 
     def full_plan(self, plan: Plan) -> Plan:
         """The same shapes without compression, for comparison."""
-        return dataclasses.replace(plan, policy=Policy())
+        return dataclasses.replace(plan, policy=Policy(), pages=())
 
     def check(self, lengths: Sequence[int], new: int, prefix: int = 0) -> None:
         """ValueError for an empty prompt, one that does not fit the context, or a budget below what is protected.
@@ -133,10 +136,17 @@ class Generator:
         with self._context(), memory_errors(need):
             logits, cache = self._prefill(plan, prompts, prefix)
             logits.block_until_ready()
+            plan, cache, kept = shrink(plan, cache) if self._fits() else (plan, cache, ())
             cache, host = apart(plan, cache)
+        seconds = time.perf_counter() - start
         return Session(
-            self, plan, cache, logits, lengths, time.perf_counter() - start, prefix=prefix, host=host
+            self, plan, cache, logits, lengths, seconds, prefix=prefix, host=host, prompt_pages=kept
         )
+
+    def _fits(self) -> bool:
+        if self.fit is None:
+            return self.policy.compresses and self.policy.allocator.outcome and self.mesh is None
+        return self.fit
 
     def _prefill(
         self, plan: Plan, prompts: Sequence[Tokens], prefix: Prefix | None
@@ -234,12 +244,17 @@ class Session:
     new_tokens: int = 0
     prefix: Prefix | None = None  # not donated: other sessions read it too
     host: placing.Host | None = None  # the part of an offloaded cache that is not donated
+    prompt_pages: tuple[int, ...] = ()  # of the pool of each layer, when the cache was fitted to the prompt
+
+    def _prompt_only(self) -> Plan:
+        alone = self.plan.prompt_only()
+        return dataclasses.replace(alone, pages=self.prompt_pages) if self.prompt_pages else alone
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the compressed prompt, as allocated (room for generated tokens not counted); a shared prefix once."""
         once = 0 if self.prefix is None else self.prefix.nbytes
-        return self.plan.prompt_only().nbytes() + once
+        return self._prompt_only().nbytes() + once
 
     @property
     def host_cache_bytes(self) -> int:

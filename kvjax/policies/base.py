@@ -72,6 +72,8 @@ class Allocator:
     """True when heads of one layer may keep different numbers: the cache then uses the Ragged layout."""
     scope: ClassVar[str] = "layer"
     """'layer': counts need this layer's scores only. 'model': layers share one pool, compaction waits for the last."""
+    outcome: ClassVar[bool] = False
+    """True when the budget is only a ceiling: how much is kept follows from the data, and pools are fitted to it."""
     ahead: ClassVar[bool] = False
     """For scope 'model': the counts of all layers follow from the lengths and from what is protected, so that the
     layers of a whole prompt need not wait for the last; `measure` then reads nothing of an observation but its layer."""

@@ -496,3 +496,48 @@ def test_scope_pins_the_prompt_and_ranks_generated_entries_by_the_current_query(
     row = group_mean(attention(obs)[:, :, 0])
     np.testing.assert_allclose(after[:, :, -2], row[:, :, -2], rtol=1e-4)
     assert (after[:, :, -1] > 1e5).all() and (after[:, :, :32] > 1e8)[VALID].all()
+
+
+def test_criticaladakv_against_a_loop():
+    """Ada-KV's budgets by score, then two stages in each head; heads that compete again get those budgets."""
+    inner, alpha, share, epsilon = windows_of_four(), 0.2, 0.5, 1e-4
+    policy = parse("criticaladakv(snapkv(window=4, kernel=3), budget=12)")
+    base = np.asarray(score(inner, OBS)[0], np.float64)
+    got = score(policy.scorer, OBS)[0]
+    counts = np.asarray(policy.allocator.counts(jnp.asarray(got), OBS.valid, OBS.need("keep"), 0))
+    wo = np.asarray(OBS.wo, np.float64).reshape(KV_HEADS, 2, DIM, -1)
+    norm = np.abs(np.einsum("bhsd,hgde->bhgse", np.asarray(OBS.v, np.float64), wo)).sum(-1).mean(2)
+    for b in range(base.shape[0]):
+        valid, keep = VALID[b, 0], 12
+        scores = np.where(valid, base[b], -np.inf)
+        sure = np.zeros_like(valid[None].repeat(KV_HEADS, 0))
+        for h in range(KV_HEADS):
+            sure[h, np.argsort(-scores[h], kind="stable")[: int(alpha * keep)]] = True
+        flat = np.where(sure, np.inf, scores).reshape(-1)
+        winners = np.argsort(-flat, kind="stable")[: KV_HEADS * keep]
+        budgets = np.bincount(winners // scores.shape[1], minlength=KV_HEADS)
+        np.testing.assert_array_equal(counts[b], budgets)
+        for h in range(KV_HEADS):
+            order = np.argsort(-scores[h], kind="stable")
+            first = order[: int(share * budgets[h])]
+            second = np.where(valid, (base[b, h] + epsilon) * norm[b, h], -np.inf)
+            second[first] = np.inf
+            want = set(np.argsort(-second, kind="stable")[: budgets[h]].tolist())
+            assert set(np.flatnonzero(got[b, h] >= 1e25).tolist()) == want
+
+
+def test_criticaladakv_of_one_head_is_criticalkv():
+    obs = dataclasses.replace(
+        OBS, q=OBS.q[:, :2], k=OBS.k[:, :1], v=OBS.v[:, :1], pos=OBS.pos[:, :1], wo=OBS.wo[:2]
+    )
+    one = parse("criticaladakv(snapkv(window=4, kernel=3), budget=12)").scorer
+    two = wrappers.OutputPerturbation(windows_of_four())
+    got, want = score(one, obs)[0], score(two, obs)[0]
+    for b in range(got.shape[0]):
+        live = VALID[b, 0]
+        best = np.argsort(-np.where(live, want[b, 0], -np.inf), kind="stable")[:12]
+        assert set(np.flatnonzero((got[b, 0] >= 1e25) & live).tolist()) == set(best.tolist())
+
+
+def windows_of_four():
+    return parse("snapkv(window=4, kernel=3)").scorer

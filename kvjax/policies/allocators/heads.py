@@ -198,6 +198,7 @@ class Structure(Allocator):
     special: int = 4
     rows: int = 64
     ragged: ClassVar[bool] = True
+    outcome: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:

@@ -17,6 +17,7 @@ class Threshold(Allocator):
 
     threshold: float = 0.0
     ragged: ClassVar[bool] = True
+    outcome: ClassVar[bool] = True
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """One head may hold the whole layer's entries."""

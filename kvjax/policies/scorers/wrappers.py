@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from kvjax.policies.allocators.adaptive import HeadCompetition
 from kvjax.policies.base import Array, Scorer, State
 from kvjax.policies.observation import NEG, Observation
 from kvjax.policies.ordering import hash_gumbel, hash_uniform, time_rank
@@ -76,6 +77,43 @@ class OutputPerturbation(Scorer):
         norm = obs.group(projected_norm(obs.v, obs.need("wo"), 1))
         weighted = (scores + self.epsilon) * norm
         return jnp.where(top_mask(scores, obs.valid, first), 1e20, weighted), state
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPerturbation(Scorer):
+    """CriticalAdaKV: AdaKV's budgets b_h by the inner scores, then CriticalKV's two stages inside each head.
+
+    Of head h the best int(share * b_h) entries stay by score, the others by (s + epsilon) * ||v Wo||_1; its b_h winners
+    are lifted to 1e25 and above, so that heads which compete again get these budgets.
+    """
+
+    prefill_only: ClassVar[bool] = True
+    inner: Scorer
+    alpha: float = 0.2
+    share: float = 0.5
+    epsilon: float = 1e-4
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The inner scorer's fields and the output projection."""
+        return self.inner.needs | {"wo"}
+
+    def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The inner scorer's state."""
+        return self.inner.slot_state()
+
+    def constants(self, layer: int, shape):
+        """The inner scorer's constants."""
+        return self.inner.constants(layer, shape)
+
+    def score(self, obs: Observation, state: State) -> tuple[Array, State]:
+        """f32 [batch, kv_heads, slots]."""
+        scores, state = self.inner.score(obs, state)
+        budgets = HeadCompetition(self.alpha).counts(scores, obs.valid, obs.need("keep"), obs.layer)
+        first = top_mask(scores, obs.valid, budgets * round(self.share * 1000) // 1000)
+        weighted = (scores + self.epsilon) * obs.group(projected_norm(obs.v, obs.need("wo"), 1))
+        winners = top_mask(jnp.where(first, jnp.inf, weighted), obs.valid, budgets)
+        return jnp.where(winners, 1e25, weighted), state
 
 
 @dataclasses.dataclass(frozen=True)
