@@ -51,7 +51,7 @@ def test_a_prompt_longer_than_a_row_is_refused():
 @pytest.mark.parametrize(
     "spec",
     [
-        "full",
+        pytest.param("full", marks=pytest.mark.slow),
         "snapkv(budget=8, window=4, kernel=3)",
         pytest.param("h2o(budget=0.9, recent=1)", marks=pytest.mark.slow),
         pytest.param("adakv(snapkv(window=4, kernel=3), budget=8)", marks=pytest.mark.slow),
@@ -80,6 +80,7 @@ def test_order_of_prompts_permutes_the_results():
     assert relative_error(np.asarray(b.logits), np.asarray(a.logits)[order]) < 1e-6
 
 
+@pytest.mark.slow
 def test_sliding_windows_and_a_shared_prefix():
     lm = Toy(window=12)
     prefix = generator(lm=lm).share(PROMPTS[1])

@@ -61,7 +61,8 @@ def test_it_is_the_unshared_run():
     assert first.full_cache_bytes == dataclasses.replace(first.plan, prompt=64 + 37, reserve=0).nbytes()
 
 
-@pytest.mark.parametrize("chunk", [None, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [None, 4])
 def test_a_sliding_window_reaches_into_the_prefix(chunk):
     lm = Toy(window=12)
     (got, want), (a, b), _ = both("full", "full", lm=lm, chunk=chunk)
@@ -111,6 +112,7 @@ def test_eviction_keeps_to_the_own_part():
     np.testing.assert_array_equal(np.asarray(again.logits), np.asarray(a.prefill(OWN, 4, prefix).logits))
 
 
+@pytest.mark.slow
 def test_a_compressed_session_can_be_shared():
     small = generator("keydiff(budget=0.5)").prefill([PREFIX])
     prefix = generator().share(small)

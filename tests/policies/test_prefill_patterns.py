@@ -50,7 +50,7 @@ PATTERNS = {
     "xattention": XAttention(stride=2, threshold=0.7, block=BLOCK, min_recall=0.0),
     "flexprefill": FlexPrefill(gamma=0.6, tau=0.2, min_budget=4, block=BLOCK, sample=5, min_recall=0.0),
 }
-QUICK = ("a_shape", "minference", "xattention")  # of the tests that compile a pattern for one question
+QUICK = ("a_shape", "xattention")  # of the tests that compile a pattern for one question
 EVERY = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in PATTERNS]
 )
@@ -324,6 +324,7 @@ def test_minference_takes_the_cheapest_pattern_that_recalls_enough():
     assert (mask_of(sparse, obs).sum((2, 3)) >= keep.sum((2, 3))).all()
 
 
+@pytest.mark.slow
 def test_flexprefill_chooses_by_divergence():
     p = np.asarray([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]])
     q = np.asarray([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 1.0]])
@@ -403,7 +404,7 @@ def test_chunks_follow_the_pattern_over_stored_entries():
 @pytest.mark.parametrize(
     "other",
     [
-        "keydiff(budget=0.25)",
+        pytest.param("keydiff(budget=0.25)", marks=pytest.mark.slow),
         pytest.param("h2o(budget=0.5)", marks=pytest.mark.slow),
         pytest.param("kivi(bits=4, group=8, residual=128)", marks=pytest.mark.slow),
     ],
