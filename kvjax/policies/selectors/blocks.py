@@ -103,7 +103,7 @@ class ProbeBlocks(Representatives):
     probe = sum_i w_i q_i over the last `window` queries, w_i proportional to their activation bias sum_c ((q_ic -
     mean_c) / std_c)^2; of equal queries their mean. cutoff: a layer reads max(1, round(H / log n * blocks)) of its
     blocks, H the entropy of softmax(scores) over n blocks, mean over KV heads: flat layers read all that `read`
-    allows. Index: also ring f32 [batch, q_heads, window, head_dim] (last queries, unrotated; newest last) and held int32 [batch].
+    allows. Index: also ring f32 [batch, q_heads, window, head_dim] (last queries, unrotated; newest last) and asked int32 [batch].
     """
 
     window: int = 16
@@ -116,7 +116,7 @@ class ProbeBlocks(Representatives):
         return {
             **super().specs(batch, slots, shape),
             "ring": ArraySpec(ring, "float32", ("batch", "q_heads", None, None)),
-            "held": ArraySpec((batch,), "int32", ("batch",)),
+            "asked": ArraySpec((batch,), "int32", ("batch",)),
         }
 
     def _push(self, index: Index, call: Call) -> Index:
@@ -125,12 +125,12 @@ class ProbeBlocks(Representatives):
         b, h, t, d = call.q.shape
         q = rope(call.q, jnp.broadcast_to(call.q_pos[:, None], (b, h, t)), call.inv_freq, inverse=True)
         every = jnp.concatenate([index["ring"], q], axis=2)
-        old = jnp.arange(self.window) >= self.window - index["held"][:, None]
+        old = jnp.arange(self.window) >= self.window - index["asked"][:, None]
         order = jnp.concatenate([jnp.where(old, -1, -2), jnp.where(call.q_pos >= 0, call.q_pos, -2)], axis=1)
         at = jnp.argsort(order, axis=1, stable=True)[:, -self.window :]
-        held = jnp.minimum(index["held"] + jnp.sum(call.q_pos >= 0, axis=1), self.window)
+        held = jnp.minimum(index["asked"] + jnp.sum(call.q_pos >= 0, axis=1), self.window)
         ring = jnp.take_along_axis(every, at[:, None, :, None], axis=2)
-        return {**index, "ring": ring, "held": held.astype(jnp.int32)}
+        return {**index, "ring": ring, "asked": held.astype(jnp.int32)}
 
     def build(self, index: Index, entries: Entries, call: Call, previous: Index) -> Index:
         """The blocks, and the prompt's last queries."""
@@ -143,7 +143,7 @@ class ProbeBlocks(Representatives):
     def query(self, index: Index, call: Call) -> Array:
         """The probe, at the position of the newest query."""
         assert call.inv_freq is not None
-        probe = probe_query(index["ring"], index["held"])
+        probe = probe_query(index["ring"], index["asked"])
         pos = jnp.broadcast_to(jnp.max(call.q_pos, axis=1)[:, None], probe.shape[:2])
         return rope(probe, pos, call.inv_freq)
 
