@@ -37,15 +37,29 @@ CORE = {
     "keydiff",
     "kivi",
     "l2norm",
+    "quest",
     "snapkv",
     "streaming_llm",
     "tova",
 }
 
 
-def every(names, thorough=False):
-    """One parameter a method; tests of a method stay on one worker, where they share compiled programs."""
-    marks = lambda n: [pytest.mark.xdist_group(n)] + [pytest.mark.slow] * (thorough and n not in CORE)  # noqa: E731
+def every(names, thorough=False, reads=False):
+    """One parameter a method; tests of a method stay on one worker, where they share compiled programs.
+
+    thorough: slow but for CORE. reads: slow also for methods that change what is read and keep every entry.
+    """
+
+    def slow(name):
+        built = build(name, **lookup(name).tiny)
+        whole = built.scorer is None and (built.selector, built.prefill, built.placement) != (
+            None,
+            None,
+            None,
+        )
+        return name not in CORE and (thorough or (reads and whole))
+
+    marks = lambda n: [pytest.mark.xdist_group(n)] + [pytest.mark.slow] * slow(n)  # noqa: E731
     return pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in names])
 
 
@@ -101,7 +115,7 @@ def test_padding_changes_nothing(name):
     np.testing.assert_allclose(left_after, after, rtol=2e-4, atol=2e-4)
 
 
-@every(NAMES)
+@every(NAMES, reads=True)
 def test_a_row_does_not_depend_on_its_neighbours(name):
     p = policy(name)
     plan = plan_of(p)
@@ -119,7 +133,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name):
     np.testing.assert_allclose(np.asarray(logits)[:, 1], after[:, 1], rtol=2e-4, atol=2e-4)
 
 
-@every(NAMES)
+@every(NAMES, reads=True)
 def test_slots_may_be_permuted(name):
     p = policy(name)
     plan = plan_of(p)
@@ -141,7 +155,7 @@ def test_slots_may_be_permuted(name):
     np.testing.assert_allclose(np.asarray(logits), after, rtol=2e-4, atol=2e-4)
 
 
-@every(NAMES)
+@every(NAMES, reads=True)
 def test_decode_after_eviction_is_masked_full_attention(name):
     """The oracle keeps every key and value of the prompt in float64 and masks what the policy removed.
 
@@ -253,7 +267,7 @@ def test_bytes_follow_the_budget(name):
     assert got <= 0.25 * 1.03 * full + pages + 2 * shape.layers * shape.kv_heads * 4096 // 16 * 4
 
 
-@every(NAMES)
+@every(NAMES, reads=True)
 def test_one_compilation_per_bucket(name):
     p = policy(name)
     plan = plan_of(p)

@@ -21,6 +21,7 @@ from tests.toy import Toy, ragged, steps
 LM = Toy()
 LENGTHS, PROMPT, RESERVE = (40, 29, 17), 40, 8
 NAMES = [n for n in P.names() if build(n, **lookup(n).tiny).selector is not None]
+CORE = ("clusterkv", "exact_topk", "pqcache", "quest")  # the others' programs are compiled in the slow run
 every = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in NAMES])
 
 
@@ -118,7 +119,13 @@ def test_unread_entries_do_not_matter(name):
     np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=2e-5, atol=2e-5)
 
 
-@every
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.xdist_group(n)] + [pytest.mark.slow] * (n not in CORE))
+        for n in NAMES
+    ],
+)
 def test_reading_everything_is_full_attention(name):
     p = policy(name, read=1.0)
     if p.selector.estimates or p.selector.biased:
