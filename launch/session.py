@@ -135,7 +135,9 @@ def open_session(f: flags.FlagValues) -> Session:
     model = checkpoint.load(f.model, dtype, place)
     dtype = dtype or model.config.dtype
     limit = f.memory_limit or free_memory(mesh)
-    return Session(model, DecoderLM(model.config, dtype, model.fingerprint), dtype, mesh, f.chunk or None, limit)
+    return Session(
+        model, DecoderLM(model.config, dtype, model.fingerprint), dtype, mesh, f.chunk or None, limit
+    )
 
 
 def parse_distributed(text: str) -> dict[str, Any]:

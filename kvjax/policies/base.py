@@ -203,7 +203,17 @@ class Room:
         return jnp.maximum(self.slots - self.start - steps // self.every, 0)
 
 
-PARTS = ("scorer", "allocator", "selection", "reducer", "codec", "selector", "placement", "prefill", "head_reads")
+PARTS = (
+    "scorer",
+    "allocator",
+    "selection",
+    "reducer",
+    "codec",
+    "selector",
+    "placement",
+    "prefill",
+    "head_reads",
+)
 
 
 @dataclasses.dataclass(frozen=True)
