@@ -16,8 +16,8 @@ from kvjax.cache.prefix import Prefix
 from kvjax.cache.read import selected_attention, stored_attention
 from kvjax.cache.state import KVCache, View
 from kvjax.compress import evict_step, store
-from kvjax.policies.base import LOG_COUNT
 from kvjax.policies.observation import Observation
+from kvjax.policies.reducing import LOG_COUNT
 from kvjax.sharded_kernels import prefill_attention
 from kvjax.sharding import constrain
 from kvjax.sparse_prefill import sparse_attention
@@ -211,6 +211,7 @@ def observation(
         wo=x.wo,
         inv_freq=x.inv_freq,
         const=cache.layers[x.layer].const,
+        state=cache.layers[x.layer].state,
         layer=x.layer,
         layers=plan.shape.layers,
         scale=x.scale,

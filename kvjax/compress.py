@@ -17,6 +17,7 @@ from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, View
 from kvjax.policies.base import Policy, Tokens
 from kvjax.policies.observation import NEG, Observation
+from kvjax.policies.reducing import Survivors
 from kvjax.types import Array
 
 
@@ -226,12 +227,15 @@ def _compact(
         index = policy.selection.select(scores, entries.pos >= 0, counts, min(places, slots))
         if policy.reducer.merges or policy.rerotate:
             if policy.reducer.merges:
-                k, v, state = policy.reducer.apply(obs, index, scores, entries.slot_state)
+                made = policy.reducer.survivors(obs, index, scores, entries.slot_state)
+                cache = _with_state(plan, cache, obs.layer, made.state)
             else:
-                k, v, state = ops.take_slots(obs.k, index), ops.take_slots(obs.v, index), None
+                made = Survivors(ops.take_slots(obs.k, index), ops.take_slots(obs.v, index))
+            k, v, pos, state, codec = made.k, made.v, made.pos, made.slot_state, policy.codec
             if state is None:
                 state = {n: ops.take_slots(s, index) for n, s in entries.slot_state.items()}
-            pos, codec = ops.take_slots(entries.pos, index, fill=-1), policy.codec
+            if pos is None:
+                pos = ops.take_slots(entries.pos, index, fill=-1)
             if policy.rerotate:
                 rank = jnp.where(pos >= 0, jnp.arange(pos.shape[2], dtype=jnp.int32), -1)
                 k, pos = obs.rotate(k, rank - pos), rank
@@ -243,7 +247,7 @@ def _compact(
                 pos=pos,
                 slot_state=state,
             )
-            index = jnp.where(index < slots, jnp.arange(index.shape[2]), index.shape[2])
+            index = jnp.where(pos >= 0, jnp.arange(index.shape[2]), index.shape[2])
         return _rebuild(plan, cache, obs, entries, index, limit, pool, first_page)
 
 
@@ -260,9 +264,13 @@ def evict_step(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> K
         scores, state = scorer.score(obs, entries.slot_state)
         return policy.protect(scores, entries.pos, obs.length), state
 
-    if policy.interval == 1 and not policy.rerotate:
+    if policy.interval == 1 and not policy.rerotate and not policy.reducer.resamples:
         scores, state = scored()
-        return ops.evict_one(plan, ops.write_slot_state(plan, cache, i, state), i, scores, limit)
+        victim = ops.lowest(entries.pos, scores, limit)
+        cache = ops.write_slot_state(plan, cache, i, state)
+        if policy.reducer.absorbs:
+            cache = _absorb(plan, cache, obs, victim)
+        return ops.free(plan, cache, i, victim)
     fill = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
     due = jnp.any(fill >= limit + policy.interval, axis=1)
     moved = jnp.where(due, jnp.max(limit, axis=1), obs.length)
@@ -281,6 +289,21 @@ def evict_step(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> K
 
     cache = jax.lax.cond(jnp.any(due), compact, leave, cache)
     return cache.replace(moved=moved) if policy.rerotate else cache
+
+
+def _with_state(plan: Plan, cache: KVCache, i: int, state: dict[str, Array]) -> KVCache:
+    """The cache with what layer i's reducer remembers replaced in part."""
+    layer, j = cache.layers[i], plan.layers[i].pool
+    return cache.put(i, layer.replace(state={**layer.state, **state}), j, cache.pools[j])
+
+
+def _absorb(plan: Plan, cache: KVCache, obs: Observation, victim: Array) -> KVCache:
+    """What the evicted slot int32 [batch, kv_heads] leaves behind in others."""
+    i = obs.layer
+    with jax.named_scope("merge"):
+        new = plan.layers[i].policy.reducer.absorb(obs, victim)
+        ctx = ops.context(plan, i, ops.take_slots(obs.pos, new.slots, fill=-1), obs.inv_freq)
+        return _with_state(plan, ops.overwrite(plan, cache, i, new.slots, new.k, new.v, ctx), i, new.state)
 
 
 def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from kvjax.cache import ops, read
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
-from kvjax.policies.base import LOG_COUNT
+from kvjax.policies.reducing import LOG_COUNT
 from kvjax.types import Array, AttentionInputs
 from pallas_kernels.merge_partials import merge_partials
 

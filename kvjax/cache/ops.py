@@ -231,23 +231,39 @@ def fit(spec: arrays.ArraySpec, x: Array) -> Array:
     return jnp.pad(x, [(0, n - m) for n, m in zip(spec.shape, x.shape)], constant_values=spec.fill)
 
 
-def evict_one(plan: Plan, cache: KVCache, i: int, scores: Array, limit: Array) -> KVCache:
-    """Free the lowest-scored slot of every head of layer i that holds more than its `limit` [batch, kv_heads].
+def lowest(pos: Array, scores: Array, limit: Array) -> Array:
+    """int32 [batch, kv_heads]: the lowest-scored slot of every head that holds more than its `limit` [batch, kv_heads],
+    -1 of other heads.
 
-    scores f32 [batch, kv_heads, slots] over the dense view; of equal ones the oldest entry leaves, wherever it
-    is stored. The freed slot is where the next token goes.
+    pos, scores [batch, kv_heads, slots] of the dense view; of equal scores the oldest entry, wherever it is stored.
+    """
+    scores = jnp.where(pos >= 0, scores, jnp.inf)
+    least = scores == jnp.min(scores, axis=-1, keepdims=True)
+    victim = jnp.argmin(jnp.where(least, pos, jnp.iinfo(jnp.int32).max), axis=-1).astype(jnp.int32)
+    over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > limit
+    return jnp.where(over, victim, -1)
+
+
+def free(plan: Plan, cache: KVCache, i: int, slot: Array) -> KVCache:
+    """Empty one slot int32 [batch, kv_heads] (-1: none) of every head of layer i; the next token goes there."""
+    layer, j = cache.layers[i], plan.layers[i].pool
+    pool, slots = cache.pools[j], slot[..., None]
+    new_pos = scatter(plan, i, layer, pool.pos, slots, jnp.full(slots.shape, -1, jnp.int32))
+    layer = layer.replace(next_slot=jnp.where(slot >= 0, slot, layer.next_slot))
+    return cache.put(i, layer, j, pool.replace(pos=new_pos))
+
+
+def overwrite(plan: Plan, cache: KVCache, i: int, slots: Array, k: Array, v: Array, ctx: Context) -> KVCache:
+    """Other keys and values k, v [batch, kv_heads, n, head_dim] at slots int32 [batch, kv_heads, n], -1 = dropped.
+
+    ctx: of these slots. Positions and slot state stay. For codecs of single tokens.
     """
     layer, j = cache.layers[i], plan.layers[i].pool
-    pool = cache.pools[j]
-    pos = view(plan, cache, i).pos
-    scores = jnp.where(pos >= 0, scores, jnp.inf)
-    lowest = scores == jnp.min(scores, axis=-1, keepdims=True)
-    victim = jnp.argmin(jnp.where(lowest, pos, jnp.iinfo(jnp.int32).max), axis=-1).astype(jnp.int32)
-    over = jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32) > limit
-    slot = jnp.where(over, victim, -1)[..., None]
-    new_pos = scatter(plan, i, layer, pool.pos, slot, jnp.full(slot.shape, -1, jnp.int32))
-    layer = layer.replace(next_slot=jnp.where(over, victim, layer.next_slot))
-    return cache.put(i, layer, j, pool.replace(pos=new_pos))
+    pool, store = cache.pools[j], dict(cache.pools[j].store)
+    fields = plan.layers[i].policy.codec.encode(k.astype(plan.shape.dtype), v.astype(plan.shape.dtype), ctx)
+    for name, value in fields.items():
+        store[name] = scatter(plan, i, layer, store[name], slots, value)
+    return cache.put(i, layer, j, constrain_pool(plan, i, pool.replace(store=store)))
 
 
 def constrain_pool(plan: Plan, i: int, pool: Pool) -> Pool:

@@ -16,7 +16,8 @@ from kvjax.arrays import ArraySpec, nbytes
 from kvjax.cache.state import KVCache, Layer, Pool, Residual
 from kvjax.codecs.base import Plain
 from kvjax.codecs.widened import widen
-from kvjax.policies.base import LOG_COUNT, Policy, specs_of_slot_state
+from kvjax.policies.base import Policy, specs_of_slot_state
+from kvjax.policies.reducing import LOG_COUNT
 from kvjax.policies.scorers.recency import Recency
 from kvjax.types import ModelShape
 
@@ -341,6 +342,8 @@ class Plan:
             for name, value in lp.policy.scorer.constants(i, self.shape).items():
                 value = np.asarray(value)
                 const[name] = ArraySpec(value.shape, value.dtype.name, (None,) * value.ndim)
+        remembered = lp.policy.reducer.state() if lp.policy.compresses else {}
+        state = {n: ArraySpec((b, h), "float32", LEAD, fill=x) for n, x in remembered.items()}
         index = None
         if lp.policy.selector is not None:
             index = self.index_specs(i)
@@ -356,6 +359,7 @@ class Plan:
             residual=self._residual_specs(lp),
             index=index,
             start=head if lp.offloaded else None,
+            state=state,
         )
 
     def _residual_specs(self, lp: LayerPlan) -> Residual | None:

@@ -53,6 +53,8 @@ class Layer:
     start: Array | None = (
         None  # int32 [batch, kv_heads], offloaded layers only: slot of the first entry of `Pool.store`
     )
+    # f32 [batch, kv_heads] each: what the reducer remembers (`kvjax.policies.reducing`)
+    state: dict[str, Array] = struct.field(default_factory=dict)
 
 
 @struct.dataclass

@@ -24,11 +24,11 @@ from kvjax.arrays import ArraySpec
 from kvjax.codecs.base import Codec, Plain
 from kvjax.policies.observation import NEG, Observation
 from kvjax.policies.prefill_patterns.base import PrefillPattern
+from kvjax.policies.reducing import Drop, Reducer
 from kvjax.types import ModelShape
 
 Array = jax.Array
 State = dict[str, Array]
-LOG_COUNT = "log_count"  # slot state: logarithm of the number of tokens that a slot stands for
 PROTECTED = 1e30  # `Policy.protect` lifts sinks and recent entries to this or above; other scores stay below
 
 
@@ -152,33 +152,6 @@ class Selection:
 @dataclasses.dataclass(frozen=True)
 class Tokens(Selection):
     """Single tokens."""
-
-
-class Reducer:
-    """What happens to the losers? The default drops them."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Observation fields that `reduce` uses; see `Scorer.needs`."""
-    merges: ClassVar[bool] = False
-    """True when survivors change: the reducer then works on keys and values before they are encoded."""
-
-    def reduce(self, obs: Observation, index: Array, scores: Array) -> tuple[Array, Array]:
-        """Survivors' (k, v) [batch, kv_heads, places, head_dim] from all entries; `index` as from `Selection`."""
-        raise NotImplementedError
-
-    def apply(
-        self, obs: Observation, index: Array, scores: Array, state: State
-    ) -> tuple[Array, Array, State | None]:
-        """`reduce`, for reducers that also change the survivors' slot state (None: it moves with them unchanged).
-
-        state: of all entries, [batch, kv_heads, slots, ...]; returned: of the survivors, [batch, kv_heads, places, ...].
-        """
-        return *self.reduce(obs, index, scores), None
-
-
-@dataclasses.dataclass(frozen=True)
-class Drop(Reducer):
-    """Losers are dropped."""
 
 
 @dataclasses.dataclass(frozen=True)

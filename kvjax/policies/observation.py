@@ -46,6 +46,7 @@ class Observation:
         None  # int32 [batch] twice: positions a probe is about, first and past last
     )
     const: dict[str, Array] = struct.field(default_factory=dict)  # this layer's calibration arrays
+    state: dict[str, Array] = struct.field(default_factory=dict)  # f32 [batch, kv_heads] each: the reducer's
     layer: int = struct.field(pytree_node=False, default=0)
     layers: int = struct.field(pytree_node=False, default=1)
     scale: float = struct.field(pytree_node=False, default=1.0)

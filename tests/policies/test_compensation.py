@@ -11,9 +11,10 @@ from kvjax.cache import ops
 from kvjax.cache.plan import Plan
 from kvjax.generation import engine
 from kvjax.policies import Observation, parse
-from kvjax.policies.base import LOG_COUNT, PROTECTED
+from kvjax.policies.base import PROTECTED
 from kvjax.policies.methods.razorattention import roles
 from kvjax.policies.reducers.compensation import Compensate
+from kvjax.policies.reducing import LOG_COUNT
 from kvjax.types import ModelShape
 from tests.toy import Toy, ragged, steps
 

@@ -59,7 +59,8 @@ def cosines(k, n):
 
 @functools.partial(jax.jit, static_argnums=0)
 def reduce(reducer, obs, index, scores):
-    return reducer.reduce(obs, index, scores)
+    made = reducer.survivors(obs, index, scores, {})
+    return made.k, made.v
 
 
 def flat_scores(seed=3):

@@ -27,8 +27,9 @@ def d2o(
 
     Layer shares: softmax(-u), u = the variance over keys of the attention received; the first and last layers stay
     whole where the budget allows (the authors do so beyond the budget). A loser merges when its best cosine reaches
-    the mean over the layer's losers, or `threshold`; see MergeSimilar. Scorer: h2o with 4 sinks. Decoding evicts
-    without merging; the authors' moving threshold is the mean of each call here.
+    `threshold`, or the authors' moving one: the mean over the prompt's losers, then half the old and half the mean of
+    each decode step, which evicts and merges one entry a head; see MergeSimilar, also for what differs from their code.
+    Scorer: h2o with 4 sinks. The prompt is compressed when it ends, not at the first decode step.
     """
     if min(first, last) < 0 or weights not in ("cosine", "normalised"):
         raise ValueError(

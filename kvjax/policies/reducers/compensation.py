@@ -8,9 +8,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvjax.policies.base import LOG_COUNT, PROTECTED, Array, Reducer, Scorer, State
+from kvjax.policies.base import PROTECTED, Array, Scorer, State
 from kvjax.policies.observation import Observation
 from kvjax.policies.reducers.nearest import gather, losers
+from kvjax.policies.reducing import LOG_COUNT, Reducer
 
 
 @dataclasses.dataclass(frozen=True)

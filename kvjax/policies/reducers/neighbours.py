@@ -8,10 +8,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvjax.policies.base import PROTECTED, Array, Reducer
+from kvjax.policies.base import PROTECTED, Array
 from kvjax.policies.observation import Observation
 from kvjax.policies.ordering import hash_uniform, take, time_order, time_rank
 from kvjax.policies.reducers.nearest import blend, fold, gather, losers, unit
+from kvjax.policies.reducing import Reducer, Written
 
 
 def places_of(index: Array, slots: int) -> Array:
@@ -149,13 +150,15 @@ class ValueCascade(Reducer):
     """CaM: a loser's value is added, divided by m, to each of the next m survivors, with probability p; keys stay.
 
     p = clip(a_e / mean a over those m survivors, 0, 1), a = attention received from this call's queries, mean over the
-    query group; one draw per loser and head. Where fewer than m survivors follow, the value is divided among them.
+    query group; one draw per loser and head. Where fewer than m survivors follow, the value is divided among them. In a
+    decode step the loser is the entry that is evicted and a the attention of the step's query, as in the paper.
     """
 
     m: int = 32
     seed: int = 0
-    needs: ClassVar[frozenset[str]] = frozenset({"q"})
+    needs: ClassVar[frozenset[str]] = frozenset({"q", "mass"})
     merges: ClassVar[bool] = True
+    absorbs: ClassVar[bool] = True
 
     def probability(self, obs: Observation, index: Array) -> tuple[Array, Array, Array]:
         """(p f32, first place int32, survivors in the window int32), all [batch, kv_heads, slots]."""
@@ -173,16 +176,12 @@ class ValueCascade(Reducer):
         )
         n = jnp.maximum(last - first, 0)
         mean = window / jnp.maximum(n, 1)
-        p = jnp.where(
-            mean > 0, jnp.clip(mass / jnp.maximum(mean, 1e-30), 0.0, 1.0), (mass > 0).astype(jnp.float32)
-        )
-        return jnp.where(losers(obs, index) & (n > 0), p, 0.0), first, n
+        return jnp.where(losers(obs, index) & (n > 0), _odds(mass, mean), 0.0), first, n
 
     def reduce(self, obs: Observation, index: Array, scores: Array) -> tuple[Array, Array]:
         """Survivors' keys, and their values with what cascades into them."""
         p, first, n = self.probability(obs, index)
-        head = jnp.arange(obs.pos.shape[1])[:, None]
-        drawn = (p > 0) & (hash_uniform(obs.pos, head, obs.layer, self.seed) < p)
+        drawn = self.drawn(obs, obs.pos, p)
         share = jnp.where(drawn, 1.0 / jnp.maximum(n, 1), 0.0)
         places = index.shape[2]
         # Add to the window [first, first + n) by a running sum of differences.
@@ -196,3 +195,30 @@ class ValueCascade(Reducer):
         return gather(obs.k, index), jnp.where(
             touched[..., None], (v.astype(jnp.float32) + added).astype(v.dtype), v
         )
+
+    def drawn(self, obs: Observation, pos: Array, p: Array) -> Array:
+        """bool [batch, kv_heads, n]: the draws for losers at positions `pos` with probabilities p, likewise."""
+        head = jnp.arange(pos.shape[1])[:, None]
+        return (p > 0) & (hash_uniform(pos, head, obs.layer, self.seed) < p)
+
+    def absorb(self, obs: Observation, victim: Array) -> Written:
+        """The next m entries' values with a share of the evicted one's; m slots a head change, or none."""
+        at = jnp.maximum(victim, 0)[..., None]
+        pos = gather(obs.pos, at)
+        later = obs.valid & (obs.pos > pos) & (victim >= 0)[..., None]
+        gap = jnp.where(later, obs.pos - pos, jnp.iinfo(jnp.int32).max)
+        _, slots = jax.lax.top_k(-gap, min(self.m, obs.pos.shape[2]))
+        some = gather(later, slots)
+        n = jnp.sum(some, axis=-1, keepdims=True)
+        mass = obs.group(obs.column_mass())
+        mean = jnp.sum(jnp.where(some, gather(mass, slots), 0.0), axis=-1, keepdims=True) / jnp.maximum(n, 1)
+        drawn = self.drawn(obs, pos, jnp.where(n > 0, _odds(gather(mass, at), mean), 0.0))
+        share = gather(obs.v, at).astype(jnp.float32) / jnp.maximum(n, 1)[..., None]
+        v = gather(obs.v, slots).astype(jnp.float32) + share
+        return Written(jnp.where(drawn & some, slots, -1).astype(jnp.int32), gather(obs.k, slots), v)
+
+
+def _odds(mass: Array, mean: Array) -> Array:
+    """clip(mass / mean, 0, 1); where the mean is 0: 1 if there is mass."""
+    ratio = jnp.clip(mass / jnp.maximum(mean, 1e-30), 0.0, 1.0)
+    return jnp.where(mean > 0, ratio, (mass > 0).astype(jnp.float32))
