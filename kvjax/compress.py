@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.cache import deferred, ops, selecting
+from kvjax.cache import deferred, ops, paging, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, View
 from kvjax.policies.base import Policy, Tokens
@@ -331,6 +331,7 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
             i = p.obs.layer
             cache, page = _compact(plan, cache, p, count, limit, pool, page)
             pool = cache.pools[plan.layers[i].pool]
+    cache = paging.settle(plan, cache)
     following = cache.next_position + new if cache.moved is None else cache.moved
     return cache.replace(
         length=cache.length + new,

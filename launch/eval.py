@@ -86,12 +86,15 @@ def main(f: flags.FlagValues) -> None:
     with tqdm(total=total, desc="samples", unit="sample", smoothing=0.1) as bar:
         rows = evaluate(engine, tasks, specs, Store(out), settings, batch=f.batch, advance=bar.update)
     picture = out.with_suffix(".png")
-    plot(rows, picture)
+    scored = any(row["score"] is not None for row in rows)
+    if scored:
+        plot(rows, picture)
     print(table(rows))
     for note in filter(None, (task.note for task in tasks)):
         print(note)
     print(f"\n{session.model.name} {session.model.fingerprint}, {session.dtype}, {session.backend}")
-    print(f"rows in {out}, plot in {picture}, samples in {Store(out).samples}")
+    drawn = f"plot in {picture}, " if scored else ""
+    print(f"rows in {out}, {drawn}samples in {Store(out).samples}")
 
 
 def read_policies(text: str) -> list[str]:

@@ -102,6 +102,9 @@ def main(f: flags.FlagValues) -> None:
             prefix=prefix,
         )
     report(f, session, [text.final(o) for o in outputs], filled)
+    failed = [o.error for o in outputs if o.error]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(outputs)} texts failed: {'; '.join(failed)}")
 
 
 def read_prompts(f: flags.FlagValues) -> list[str]:
@@ -186,12 +189,13 @@ class TextWatch:
             tokens, text = tokens[:count], text[:end]
         self._text = text
         self._emit(len(text))
-        return {
+        done = {
             "text": text,
             "prompt_tokens": output.prompt_tokens,
             "new_tokens": len(tokens),
             "finish": output.finish,
         }
+        return {**done, "error": output.error} if output.error else done
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -209,6 +213,14 @@ def decode_speed(filled: Filled, rows: int) -> float | None:
     return steps / filled.decode_s if steps > 0 and filled.decode_s > 0 else None
 
 
+def _moved(cost: dict[str, Any]) -> str:
+    """What the last step of an offloaded cache moved."""
+    if not cost["host_cache_bytes"] + cost["disk_cache_bytes"]:
+        return ""
+    moved, disk = cost["moved_bytes_last_step"], cost["disk_bytes_last_step"]
+    return f"; last step: {moved:,.0f} bytes from host memory, {disk:,} read from disk"
+
+
 def report(f: flags.FlagValues, session: Session, outputs: list[dict[str, Any]], filled: Filled) -> None:
     """Text and cost on stdout."""
     cost = {
@@ -216,7 +228,9 @@ def report(f: flags.FlagValues, session: Session, outputs: list[dict[str, Any]],
         "cache_bytes": filled.cache_bytes,
         "full_cache_bytes": filled.full_cache_bytes,
         "host_cache_bytes": filled.host_cache_bytes,
+        "disk_cache_bytes": filled.disk_cache_bytes,
         "moved_bytes_last_step": filled.moved_bytes,
+        "disk_bytes_last_step": filled.disk_bytes,
         "ttft_s": filled.prefill_s,
         "decode_tokens_per_s": decode_speed(filled, len(outputs)),
         "backend": session.backend,
@@ -230,13 +244,16 @@ def report(f: flags.FlagValues, session: Session, outputs: list[dict[str, Any]],
             if len(outputs) > 1:
                 print(f"[{i}]")
             print(output["text"])
+            if "error" in output:
+                print(f"failed after {output['new_tokens']} tokens: {output['error']}")
     new = sum(o["new_tokens"] for o in outputs)
     speed = cost["decode_tokens_per_s"]
     print(
         f"\n{new} tokens, first after {filled.prefill_s:.3f} s"
         + (f", then {speed:.1f} tokens/s" if speed else "")
         + f"; cache {filled.cache_bytes:,} bytes, {filled.cache_bytes / filled.full_cache_bytes:.1%} of full"
-        f"; {cost['policy']}, {session.dtype}, {session.backend}"
+        + _moved(cost)
+        + f"; {cost['policy']}, {session.dtype}, {session.backend}"
     )
     if f.json:
         texts = outputs[0] if len(outputs) == 1 else {"outputs": outputs}

@@ -54,8 +54,12 @@ def _checksum(stored: dict[str, np.ndarray]) -> str:
 def save(path: str | pathlib.Path, plan: Plan, cache: KVCache, model: str = "") -> None:
     """Write a cache. path: a directory that does not exist yet. model: fingerprint of the weights.
 
-    ValueError when the directory exists or the cache is not the plan's.
+    ValueError when the directory exists, the cache is not the plan's, or its pages are on disk.
     """
+    if plan.on_disk:
+        raise ValueError(
+            f"{plan.policy.name}: the pages of this cache are in files of their own and are not saved"
+        )
     path = pathlib.Path(path).absolute()
     if path.exists():
         raise ValueError(f"{path} exists; a saved cache is never overwritten")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import arrays
-from kvjax.cache import placing
+from kvjax.cache import paging, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Layer, Pool, View
 from kvjax.codecs.base import Context, Field
@@ -32,7 +32,7 @@ def empty(plan: Plan) -> KVCache:
             const = {f"selector.{k}": jnp.asarray(v) for k, v in own.items()}
             layer = layer.replace(const={**layer.const, **const})
         layers.append(layer)
-    return cache.replace(layers=tuple(layers))
+    return paging.open_files(plan, cache.replace(layers=tuple(layers)))
 
 
 def context(plan: Plan, i: int, pos: Array, inv_freq: Array | None, saliency: Array | None = None) -> Context:

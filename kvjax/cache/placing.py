@@ -1,11 +1,12 @@
-"""Offloaded layers: prompt entries in host memory, the newest and the ones just read on the device.
+"""Offloaded layers: prompt entries in host memory or on disk, the newest and the ones just read on the device.
 
 `Pool.host` holds the prompt's fields and never changes; `Pool.store` the slots from `Layer.start` on, a *tail* with room
 for new tokens; the index holds the blocks of the last step (`held`, `held.FIELD`). A step fetches those chosen blocks that
 are neither in the tail nor held. Slots keep their numbers, so that selectors know nothing of it.
 
 On a GPU the host part is pinned memory that kernels read over the link without a copy (`readable`): a gather moves only
-the rows it names. On a CPU it is an array like any other.
+the rows it names. On a CPU it is an array like any other. With `offload(disk=...)` the host part has no arrays: its
+complete pages are in files, which callbacks read and write (`kvjax.cache.paging`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kvjax.cache import paging
 from kvjax.cache.pinned import device_view
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool
@@ -25,7 +27,7 @@ Host = tuple[dict[str, Array] | None, ...]  # `Pool.host` of every pool
 
 
 def offloaded(plan: Plan, i: int) -> bool:
-    """True when layer i's prompt lives in host memory."""
+    """True when layer i's prompt lives in host memory or on disk."""
     return plan.layers[i].offloaded
 
 
@@ -56,18 +58,21 @@ def _spread(mask: Array, field: Field, block: int, like: Array) -> Array:
 
 
 def split(plan: Plan, cache: KVCache, i: int) -> KVCache:
-    """Move layer i's entries to host memory, but for the tail. Under `jit` on a GPU the copy starts here."""
+    """Move layer i's entries to host memory or disk, but for the tail. Under `jit` on a GPU the copy starts here."""
     lp, layer = plan.layers[i], cache.layers[i]
-    pool, block, fields = cache.pools[lp.pool], plan.block(i), _fields(plan, i)
+    pool, block, span, fields = cache.pools[lp.pool], plan.block(i), plan.span(i), _fields(plan, i)
     end = jnp.maximum(layer.fill - plan.tail_recent(i), 0)
-    start = jnp.minimum(end // block * block, plan.host_slots(i)).astype(jnp.int32)
+    start = jnp.minimum(end // span * span, plan.host_slots(i)).astype(jnp.int32)
     number = start[..., None] // block + jnp.arange(plan.tail_slots(i) // block)
     tail = {n: _take(x, fields[n], block, number) for n, x in pool.store.items()}
     host = {}
     for name, x in pool.store.items():
         axis = 2 + len(fields[name].before)
         part = jax.lax.slice_in_dim(x, 0, plan.host_slots(i) // fields[name].per, axis=axis)
-        host[name] = part if jax.default_backend() == "cpu" else jax.device_put(part, jax.memory.Space.Host)
+        pinned = jax.default_backend() != "cpu" and not lp.on_disk
+        host[name] = jax.device_put(part, jax.memory.Space.Host) if pinned else part
+    if lp.on_disk:
+        start, host = paging.write(plan, cache, i, start, host), {}
     return cache.put(i, layer.replace(start=start), lp.pool, pool.replace(store=tail, host=host))
 
 
@@ -77,10 +82,13 @@ def whole_store(plan: Plan, cache: KVCache, i: int) -> dict[str, Array]:
     pool, block, fields = cache.pools[lp.pool], plan.block(i), _fields(plan, i)
     number = jnp.broadcast_to(jnp.arange(lp.capacity // block), (*layer.fill.shape, lp.capacity // block))
     late = number - layer.start[..., None] // block
-    out = {}
+    out, pages = {}, {}
+    if lp.on_disk:
+        pages = paging.read(plan, cache, i, number, late < 0, tuple(pool.store))
     for name, tail in pool.store.items():
         field = fields[name]
-        far = _restore(_take(pool.host[name], field, block, number), tail.dtype)
+        far = pages[name] if lp.on_disk else _take(pool.host[name], field, block, number)
+        far = _restore(far, tail.dtype)
         near = _take(tail, field, block, late)
         out[name] = jnp.where(_spread(late >= 0, field, block, near), near, far)
     return out
@@ -111,13 +119,19 @@ def fetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, 
     same = (table[..., None] == index["held"][:, :, None]) & (table >= 0)[..., None]
     hit, place = jnp.any(same, axis=-1), jnp.argmax(same, axis=-1)
     missing = (table >= 0) & (late < 0) & ~hit
+    pages = {}
+    if lp.on_disk:
+        missing &= ~cache.disk.failed[:, None, None]
+        names = tuple(n for n in pool.store if n not in supplied)
+        pages = paging.read(plan, cache, i, table, missing, names)
     for name, tail in pool.store.items():
         field, held = fields[name], index[f"held.{name}"]
         near = _take(tail, field, block, late)
         if name in supplied:
             far = supplied[name].astype(tail.dtype)
         else:
-            moved = _take(pool.host[name], field, block, jnp.where(missing, table, 0))
+            wanted = jnp.where(missing, table, 0)
+            moved = pages[name] if lp.on_disk else _take(pool.host[name], field, block, wanted)
             kept = _take(held, field, block, place)
             far = jnp.where(_spread(hit, field, block, kept), kept, _restore(moved, tail.dtype))
         index[f"held.{name}"] = jnp.where(_spread(late >= 0, field, block, near), near, far)

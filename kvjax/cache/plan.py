@@ -13,10 +13,12 @@ import math
 import numpy as np
 
 from kvjax.arrays import ArraySpec, nbytes
-from kvjax.cache.state import KVCache, Layer, Pool, Residual
+from kvjax.cache import disk
+from kvjax.cache.state import Disk, KVCache, Layer, Pool, Residual
 from kvjax.codecs.base import Plain
 from kvjax.codecs.widened import widen
 from kvjax.policies.base import Policy, specs_of_slot_state
+from kvjax.policies.placement import PAGE
 from kvjax.policies.reducing import LOG_COUNT
 from kvjax.policies.scorers.recency import Recency
 from kvjax.types import ModelShape
@@ -39,12 +41,17 @@ class LayerPlan:
     pages: int = 0  # Ragged: pages that this layer adds to its pool
     pool: int = 0  # index of the pool that holds the layer's entries
     shares_pool: bool = False  # layers of this kind are compacted together, after the last
-    offloaded: bool = False  # the prompt's entries live in host memory: `kvjax.cache.placing`
+    offloaded: bool = False  # the prompt's entries live in host memory or on disk: `kvjax.cache.placing`
 
     @property
     def implied(self) -> bool:
         """True when no positions are stored: the slots of a deferred codec without eviction are in order."""
         return self.policy.codec.deferred and not self.policy.compresses
+
+    @property
+    def on_disk(self) -> bool:
+        """True when the prompt's complete pages live in files."""
+        return self.offloaded and bool(self.policy.placement.disk)
 
     @property
     def fixed_limit(self) -> bool:
@@ -96,7 +103,7 @@ class Plan:
         if self.policy.prefill is not None:
             self.policy.prefill.check(self.shape)
         if self.policy.placement is not None:
-            self._check_placement()
+            self.policy.placement.check(self.policy, self.shape)
         if self.policy.selector is not None:
             self.policy.selector.check(self.shape)
             if self.policy.head_reads is not None:
@@ -111,25 +118,6 @@ class Plan:
         if self.policy.compresses:
             self.policy.allocator.check(self.shape)
             self._check_parts()
-
-    def _check_placement(self) -> None:
-        """ValueError for parts that offload does not compose with."""
-        policy = self.policy
-        excluded = {
-            "heads of different sizes (a Ragged cache)": policy.compresses and policy.allocator.ragged,
-            "a codec that predicts a layer from the one before": policy.codec.for_layer(
-                1, self.shape
-            ).predicts,
-            "eviction while decoding": policy.compresses and policy.evict_decode,
-            "a probe": policy.probe is not None,
-            f"a codec, where {type(policy.selector).__name__} keeps keys in a form of its own": policy.selector
-            is not None
-            and bool(policy.selector.supplies)
-            and policy.codec != Plain(),
-        }
-        for what, present in excluded.items():
-            if present:
-                raise ValueError(f"{policy.name}: offload does not compose with {what}")
 
     def _check_parts(self) -> None:
         """ValueError for parts that exclude each other."""
@@ -256,12 +244,19 @@ class Plan:
     def tail_slots(self, i: int) -> int:
         """Slots of an offloaded layer that stay on the device: the newest, and room for new tokens."""
         lp, block = self.layers[i], self.block(i)
-        most = self.tail_recent(i) + block - 1 + self.reserve + lp.policy.codec.group
+        most = self.tail_recent(i) + self.span(i) - 1 + self.reserve + lp.policy.codec.group
         return min(-(-most // block) * block, lp.capacity)
 
+    def span(self, i: int) -> int:
+        """Slots that leave the device together: a block, or a page on disk."""
+        block = self.block(i)
+        return block * max(1, PAGE // block) if self.layers[i].on_disk else block
+
     def host_slots(self, i: int) -> int:
-        """Slots of an offloaded layer's prompt in host memory, a multiple of the block."""
+        """Slots of an offloaded layer's prompt in host memory, a multiple of the block; on disk, of complete pages."""
         lp, block = self.layers[i], self.block(i)
+        if lp.on_disk:
+            return min(lp.keep_capacity, lp.capacity) // self.span(i) * self.span(i)
         return min(-(-lp.keep_capacity // block) * block, lp.capacity)
 
     def index_specs(self, i: int) -> dict[str, ArraySpec]:
@@ -303,7 +298,16 @@ class Plan:
         for i, lp in enumerate(self.layers):
             if lp.offloaded:
                 pools[lp.pool] = self._split_specs(i, lp)
-        return KVCache(layers=layers, pools=tuple(pools), **rows)
+        files = None
+        if self.on_disk:
+            failed = ArraySpec((self.batch,), "bool", ("batch",))
+            files = Disk(ArraySpec((), "int32", ()), failed, ArraySpec((len(layers),), "int32", (None,)))
+        return KVCache(layers=layers, pools=tuple(pools), disk=files, **rows)
+
+    @property
+    def on_disk(self) -> bool:
+        """True when any layer's pages live in files."""
+        return any(lp.on_disk for lp in self.layers)
 
     def _split_specs(self, i: int, lp: LayerPlan) -> Pool:
         """Specs of an offloaded layer's pool; `pool_specs` describes it before it is split."""
@@ -313,7 +317,7 @@ class Plan:
         lead = (self.batch, self.shape.kv_heads)
         tail = codec.specs(lead, sizes[0], self.tail_slots(i), *sizes[1:])
         host = codec.specs(lead, sizes[0], self.host_slots(i), *sizes[1:])
-        host = {n: dataclasses.replace(s, memory="host") for n, s in host.items()}
+        host = {} if lp.on_disk else {n: dataclasses.replace(s, memory="host") for n, s in host.items()}
         return pool.replace(store=tail, host=host)  # type: ignore[attr-defined]
 
     def _pool_specs(self, lp: LayerPlan, pages: int) -> Pool:
@@ -373,16 +377,21 @@ class Plan:
         return Residual(k=kv, v=kv, pos=pos, count=ArraySpec(lead, "int32", LEAD))
 
     def nbytes(self) -> int:
-        """Bytes of the cache as allocated, in all memories."""
-        return nbytes(self.specs())
+        """Bytes of the cache as allocated, in all memories and on disk."""
+        return self.device_nbytes() + self.host_nbytes() + self.disk_nbytes()
 
     def device_nbytes(self) -> int:
         """Bytes of it in device memory."""
         return nbytes(self.specs(), "device")
 
     def host_nbytes(self) -> int:
-        """Bytes of it in host memory."""
-        return nbytes(self.specs(), "host")
+        """Bytes of it in host memory; of pages on disk, the most that are held there."""
+        held = min(self.policy.placement.memory, self.disk_nbytes()) if self.on_disk else 0
+        return nbytes(self.specs(), "host") + held
+
+    def disk_nbytes(self) -> int:
+        """Bytes of all files, checksums included."""
+        return self.batch * sum(section.nbytes for section in disk.sections(self).values())
 
     def prompt_only(self) -> Plan:
         """The same plan without room for generated tokens: what the compressed prompt itself costs."""

@@ -25,7 +25,8 @@ class Pool:
     # None (deferred codecs without eviction): slot n holds position `codec.sink` + n.
     pos: Array | None
     slot_state: dict[str, Array]  # like `pos`, with a suffix per name; moves with the entry
-    # Offloaded layers only: the prompt's fields in another memory; `store` then holds the slots from `Layer.start` on.
+    # Offloaded layers only: the prompt's fields in another memory ({}: on disk); `store` then holds the slots from
+    # `Layer.start` on.
     host: dict[str, Array] | None = None
 
 
@@ -58,6 +59,15 @@ class Layer:
 
 
 @struct.dataclass
+class Disk:
+    """What a cache with pages on disk carries; the files themselves belong to `kvjax.cache.disk`."""
+
+    handle: Array  # int32 [] which open store
+    failed: Array  # bool [batch] rows whose pages could not be written or read: they are finished
+    pages: Array  # int32 [layers] pages that the last call read from disk
+
+
+@struct.dataclass
 class View:
     """A layer seen as dense arrays, whatever its layout."""
 
@@ -85,6 +95,7 @@ class KVCache:
     pending: tuple[
         Any, ...
     ] = ()  # within one call: layers whose compaction waits (allocators of scope 'model')
+    disk: Disk | None = None  # only with pages on disk
 
     # Within one call only, None between calls:
     token_ids: Any = None  # int32 [batch, tokens] this call's tokens, for scorers that need them

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from kvjax.arrays import itembits, nbytes
-from kvjax.cache import selecting
+from kvjax.cache import disk, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.sharding import to_host
@@ -63,18 +63,30 @@ def _layer_bytes(plan: Plan, cache: KVCache, i: int) -> float:
 
 
 def moved_bytes(plan: Plan, cache: KVCache) -> float:
-    """Bytes that the last decode step moved from host memory to the device, all layers and rows together."""
+    """Bytes that the last decode step moved from host memory to the device, all layers and rows together.
+
+    What lives on disk passes through host memory, so that it counts here too; `disk_bytes` is what came from the disk.
+    """
     total = 0.0
     for i, lp in enumerate(plan.layers):
         if not lp.offloaded:
             continue
         layer = cache.layers[i]
         if lp.policy.selector is None:
-            slots = int(to_host(layer.start).astype(np.int64).sum())
+            start = to_host(layer.start).astype(np.int64)
+            slots = int(start.sum() if cache.disk is None else start[~to_host(cache.disk.failed)].sum())
         else:
             slots = int(to_host(layer.index["moved"]).astype(np.int64).sum()) * plan.block(i)
         total += slots * moved_per_slot(plan, i)
     return total
+
+
+def disk_bytes(plan: Plan, cache: KVCache) -> int:
+    """Bytes that the last call on this cache (a decode step, a question) read from disk: whole pages and their checksums."""
+    if cache.disk is None:
+        return 0
+    pages = to_host(cache.disk.pages)
+    return sum(int(pages[i]) * section.record_bytes for i, section in disk.sections(plan).items())
 
 
 def moved_per_slot(plan: Plan, i: int) -> float:

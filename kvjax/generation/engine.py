@@ -235,6 +235,12 @@ def _emit(
     )
 
 
+def _without_failed(state: DecodeState) -> DecodeState:
+    """Rows whose pages could not be written or read are done: what was computed from them is no result."""
+    disk = state.cache.disk
+    return state if disk is None else state.replace(done=state.done | disk.failed)
+
+
 @functools.partial(jax.jit, static_argnames=("room",), donate_argnames=("cache",))
 def begin(
     cache: KVCache,
@@ -259,7 +265,7 @@ def begin(
         done=limit <= 0,
         seen=seen,
     )
-    return _emit(state, logits, settings, stop, limit)
+    return _emit(_without_failed(state), logits, settings, stop, limit)
 
 
 @functools.partial(jax.jit, static_argnames=("lm", "plan", "implementation"), donate_argnames=("state",))
@@ -293,6 +299,6 @@ def decode(
         if host is not None:
             cache = placing.detach(cache)[0]
         logits = constrain(logits, ("batch", "vocab"))
-        return i + 1, _emit(state.replace(cache=cache), logits, settings, stop, limit)
+        return i + 1, _emit(_without_failed(state.replace(cache=cache)), logits, settings, stop, limit)
 
     return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]

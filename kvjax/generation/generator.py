@@ -19,22 +19,14 @@ from kvjax.cache.plan import Plan
 from kvjax.cache.prefix import Prefix
 from kvjax.cache.shrink import shrink
 from kvjax.cache.state import KVCache
-from kvjax.generation import engine, staging
+from kvjax.generation import engine, limits, staging
 from kvjax.generation.buckets import bucket
-from kvjax.generation.limits import apart, check_lengths, free_host_bytes, memory_errors
+from kvjax.generation.limits import apart, check_lengths, check_memory, memory_errors
+from kvjax.generation.output import Output, collect
 from kvjax.generation.packing import Tokens, pack, packed_rows, pad_right
 from kvjax.generation.sampling import Sampling, batch_sampling
 from kvjax.policies.base import Policy
 from kvjax.sharding import to_host
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One row's result. `finish` is 'stop' (a stop token or string) or 'length'."""
-
-    tokens: list[int]
-    prompt_tokens: int
-    finish: str
 
 
 @dataclasses.dataclass
@@ -120,18 +112,7 @@ class Generator:
             raise ValueError("no prompt was given")
         self.check(lengths, reserve, 0 if prefix is None else int(to_host(prefix.length).max()))
         plan = self.plan(len(prompts), max(lengths), reserve)
-        need, far = plan.device_nbytes(), plan.host_nbytes()
-        free = free_host_bytes() if far else None
-        if free is not None and far > free:
-            raise MemoryError(
-                f"{self.policy.name}: offload needs {far:,} bytes of host memory ({len(prompts)} rows of {plan.prompt} "
-                f"tokens), {free:,} are available"
-            )
-        if self.memory_limit is not None and need > self.memory_limit:
-            raise MemoryError(
-                f"the cache needs {need:,} bytes ({len(prompts)} rows of {plan.prompt}+{plan.reserve} tokens, "
-                f"policy {self.policy.name}), {self.memory_limit:,} are available"
-            )
+        need = check_memory(plan, self.memory_limit)
         start = time.perf_counter()
         with self._context(), memory_errors(need):
             logits, cache = self._prefill(plan, prompts, prefix)
@@ -139,9 +120,11 @@ class Generator:
             plan, cache, kept = shrink(plan, cache) if self._fits() else (plan, cache, ())
             cache, host = apart(plan, cache)
         seconds = time.perf_counter() - start
-        return Session(
+        session = Session(
             self, plan, cache, logits, lengths, seconds, prefix=prefix, host=host, prompt_pages=kept
         )
+        limits.release_files(session, cache)
+        return session
 
     def _fits(self) -> bool:
         if self.fit is None:
@@ -263,8 +246,23 @@ class Session:
 
     @property
     def moved_bytes(self) -> float:
-        """Bytes that the last decode step moved from host memory to the device."""
+        """Bytes that the last decode step moved from host memory to the device; those read from disk are among them."""
         return traffic.moved_bytes(self.plan, self.cache)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the last call (a decode step) read from disk."""
+        return traffic.disk_bytes(self.plan, self.cache)
+
+    @property
+    def disk_cache_bytes(self) -> int:
+        """Of `cache_bytes`, those on disk."""
+        return self.plan.prompt_only().disk_nbytes()
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Rows that failed, and why in one line each."""
+        return limits.row_errors(self.cache)
 
     @property
     def full_cache_bytes(self) -> int:
@@ -325,8 +323,8 @@ class Session:
         gives each row its own. prompts: needed for the repetition penalty only.
         """
         g, batch = self.generator, self.plan.batch
-        limits = np.asarray(max_new_tokens, np.int32)
-        for n, new in zip(self.lengths, limits):
+        most = np.asarray(max_new_tokens, np.int32)
+        for n, new in zip(self.lengths, most):
             if new > self.plan.reserve or n + new > self.plan.prompt + self.plan.reserve:
                 raise ValueError(f"{new} new tokens do not fit: {self.plan.reserve} were reserved")
         if isinstance(sampling, Sampling):
@@ -347,7 +345,7 @@ class Session:
         start = time.perf_counter()
         shown, ended = [0] * batch, [False] * batch
         with g._context():
-            state = engine.begin(self.cache, self.logits, settings, stops, limits, seen, room=room)
+            state = engine.begin(self.cache, self.logits, settings, stops, most, seen, room=room)
             while True:
                 if streaming:
                     self._report(state, stops, shown, ended, stop, on_tokens)
@@ -362,7 +360,7 @@ class Session:
                     state,
                     settings,
                     stops,
-                    limits,
+                    most,
                     steps,
                     prefix=self.prefix,
                     implementation=g.implementation,
@@ -373,13 +371,7 @@ class Session:
         self.decode_s = time.perf_counter() - start
         tokens, counts = to_host(state.tokens), to_host(state.count)
         self.new_tokens = int(counts.sum())
-        out = []
-        for i in range(batch):
-            row = [int(t) for t in tokens[i, : counts[i]]]
-            stopped = bool(row) and row[-1] in set(stop_tokens)
-            finish = "stop" if stopped or ended[i] else "length"
-            out.append(Output(row[:-1] if stopped else row, self.lengths[i], finish))
-        return out
+        return collect(tokens, counts, self.lengths, stop_tokens, ended, self.errors)
 
     def _report(
         self,

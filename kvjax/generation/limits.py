@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 
 import jax
 
-from kvjax.cache import placing
+from kvjax.cache import disk, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.policies.base import Policy
@@ -49,6 +50,37 @@ def apart(plan: Plan, cache: KVCache) -> tuple[KVCache, placing.Host | None]:
         return cache, None
     cache, host = placing.detach(cache)
     return cache, placing.readable(host)
+
+
+def check_memory(plan: Plan, limit: int | None) -> int:
+    """Bytes of device memory that a cache needs. MemoryError, or OSError for a disk, with the numbers when a memory is too
+    small; limit: bytes of device memory that there are (None: unknown)."""
+    need, far, policy = plan.device_nbytes(), plan.host_nbytes(), plan.policy.name
+    if plan.on_disk:
+        disk.check(plan)
+    free = free_host_bytes() if far else None
+    if free is not None and far > free:
+        raise MemoryError(
+            f"{policy}: offload needs {far:,} bytes of host memory ({plan.batch} rows of {plan.prompt} tokens), {free:,} are "
+            "available"
+        )
+    if limit is not None and need > limit:
+        raise MemoryError(
+            f"the cache needs {need:,} bytes ({plan.batch} rows of {plan.prompt}+{plan.reserve} tokens, policy {policy}), "
+            f"{limit:,} are available"
+        )
+    return need
+
+
+def release_files(owner: object, cache: KVCache) -> None:
+    """Close the files of a cache when `owner` is released, or at exit."""
+    if cache.disk is not None:
+        weakref.finalize(owner, disk.close, int(cache.disk.handle))
+
+
+def row_errors(cache: KVCache) -> dict[int, str]:
+    """Rows of a cache with pages on disk that failed, and why in one line each."""
+    return {} if cache.disk is None else dict(disk.store(cache.disk.handle).failed)
 
 
 def free_host_bytes() -> int | None:

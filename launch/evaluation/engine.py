@@ -131,6 +131,9 @@ class ModelEngine:
             prefill_s=filled.prefill_s,
             decode_s=filled.decode_s,
             warm=compilations() == before,
+            moved_bytes=filled.moved_bytes,
+            disk_bytes=filled.disk_bytes,
+            errors=filled.errors,
         )
 
 

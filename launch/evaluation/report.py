@@ -26,7 +26,7 @@ def _mean(rows: Sequence[Row], field: str) -> float:
 def summary(rows: Sequence[Row]) -> list[Row]:
     """One row per policy and metric: means over tasks of the score, the bytes, the reads and the seconds."""
     out = []
-    for policy, group in by_policy(rows).items():
+    for policy, group in by_policy([r for r in rows if r["score"] is not None]).items():
         for metric in dict.fromkeys(r["metric"] for r in group):
             some = [r for r in group if r["metric"] == metric]
             fields = ("score", "cache_bytes", "full_cache_bytes", "read_fraction", "prefill_s", "decode_s")
@@ -72,6 +72,9 @@ def table(rows: Sequence[Row]) -> str:
         grid = [[t, *(_cell(scores.get((t, p))) for p in policies)] for t in tasks]
         legend = "\n".join(f"{n} {p}" for n, p in zip(numbers, policies))
         out += "\n\n" + aligned(["score by task", *numbers], grid) + "\n" + legend
+    for r in rows:
+        if r.get("failed"):
+            out += f"\nfailed: {r['failed']} of {r['policy']}, {r['task']}; the first: {r['errors'][0]}"
     return out
 
 

@@ -25,16 +25,30 @@ class Record:
     prefill_s: float
     decode_s: float
     warm: bool  # False when the batch compiled something: its seconds are not representative
+    moved_bytes: float = 0.0  # by the last step, from host memory to the device
+    disk_bytes: float = 0.0  # by the last step, read from disk
 
 
-def row_of(policy: str, task: str, metric: str, records: Sequence[Record]) -> dict[str, Any]:
+def row_of(
+    policy: str, task: str, metric: str, records: Sequence[Record], errors: Sequence[str] = ()
+) -> dict[str, Any]:
     """One row of the results file.
 
     score: weighted mean of the samples' scores; n: sum of the weights. Seconds: median over the samples that
-    compiled nothing, if there are any. Other figures: means.
+    compiled nothing, if there are any. Other figures: means. errors, of samples that failed and have no record: the row
+    then has `failed`, how many, and `errors`; its figures are of the others, and None where there are none. Bytes per
+    step are given where there were any.
     """
+    failed = {"failed": len(errors), "errors": list(errors)} if errors else {}
+    if not records and errors:
+        figures = ("cache_bytes", "full_cache_bytes", "read_fraction", "prefill_s", "decode_s")
+        row = {"policy": policy, "task": task, "metric": metric, "score": None, "n": 0}
+        return {**row, **dict.fromkeys(figures), **failed}
     if not records:
         raise ValueError(f"{policy}, {task}: no samples")
+    moved = {
+        n: round(statistics.fmean(getattr(r, n) for r in records)) for n in ("moved_bytes", "disk_bytes")
+    }
     weight = sum(r.weight for r in records)
     timed = [r for r in records if r.warm] or list(records)
     return {
@@ -48,6 +62,8 @@ def row_of(policy: str, task: str, metric: str, records: Sequence[Record]) -> di
         "read_fraction": statistics.fmean(r.read_fraction for r in records),
         "prefill_s": statistics.median(r.prefill_s for r in timed),
         "decode_s": statistics.median(r.decode_s for r in timed),
+        **{f"{n}_last_step": x for n, x in moved.items() if x},
+        **failed,
     }
 
 

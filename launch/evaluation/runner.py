@@ -16,7 +16,11 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a batch cost, all rows together. read_fraction: bytes that a decode step reads, of the full cache's."""
+    """What a batch cost, all rows together. read_fraction: bytes that a decode step reads, of the full cache's.
+
+    moved_bytes, disk_bytes: what the last step moved from host memory to the device, and read from disk. errors: by
+    sample, why it failed.
+    """
 
     cache_bytes: int
     full_cache_bytes: int
@@ -24,6 +28,9 @@ class Cost:
     prefill_s: float
     decode_s: float
     warm: bool  # nothing was compiled
+    moved_bytes: float = 0.0
+    disk_bytes: float = 0.0
+    errors: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -54,9 +61,9 @@ def evaluate(
     rows: list[Row] = []
     for policy in policies:
         for task in tasks:
-            records = _records(engine, task, policy, store, settings, batch, advance)
-            row = row_of(policy, task.name, task.metric, records)
-            if task.metric == PERPLEXITY:
+            records, errors = _records(engine, task, policy, store, settings, batch, advance)
+            row = row_of(policy, task.name, task.metric, records, errors)
+            if task.metric == PERPLEXITY and records:
                 row["score"] = math.exp(row["score"])
             rows.append(row)
             store.write_rows(rows)
@@ -71,20 +78,24 @@ def _records(
     settings: dict[str, Any],
     batch: int,
     advance: Callable[[int], Any],
-) -> list[Record]:
+) -> tuple[list[Record], list[str]]:
+    """(records, what went wrong with the samples that have none); the latter are tried again by a later run."""
+    errors: list[str] = []
     keys = [key_of(policy=policy, task=task.name, sample=item.digest(), **settings) for item in task.items]
     missing = [(key, item) for key, item in zip(keys, task.items) if store.get(key) is None]
     advance(len(keys) - len(missing))
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         done = _score(engine, task, policy, [item for _, item in part])
-        store.add({key: record for (key, _), record in zip(part, done)})
+        store.add({key: record for (key, _), record in zip(part, done) if isinstance(record, Record)})
+        errors += [record for record in done if isinstance(record, str)]
         advance(len(part))
     found = [store.get(key) for key in keys]
-    return [record for record in found if record is not None]
+    return [record for record in found if record is not None], errors
 
 
-def _score(engine: Engine, task: Task, policy: str, items: Sequence[Any]) -> list[Record]:
+def _score(engine: Engine, task: Task, policy: str, items: Sequence[Any]) -> list[Record | str]:
+    """A record for every item, or why it failed."""
     if task.metric == PERPLEXITY:
         scores, cost = engine.negative_log_likelihood(policy, items)
         weights = [float(len(w.targets)) for w in items]
@@ -94,7 +105,9 @@ def _score(engine: Engine, task: Task, policy: str, items: Sequence[Any]) -> lis
         weights = [1.0] * len(items)
     share = 1.0 / len(items)
     return [
-        Record(
+        cost.errors[i]
+        if i in cost.errors
+        else Record(
             score=score,
             weight=weight,
             cache_bytes=cost.cache_bytes * share,
@@ -103,6 +116,8 @@ def _score(engine: Engine, task: Task, policy: str, items: Sequence[Any]) -> lis
             prefill_s=cost.prefill_s * share,
             decode_s=cost.decode_s * share,
             warm=cost.warm,
+            moved_bytes=cost.moved_bytes * share,
+            disk_bytes=cost.disk_bytes * share,
         )
-        for score, weight in zip(scores, weights)
+        for i, (score, weight) in enumerate(zip(scores, weights))
     ]

@@ -1,7 +1,9 @@
 """launch.eval on the small embedded model: rows, query-agnostic compression, perplexity, resuming, bad input."""
 
+import errno
 import functools
 import json
+import os
 import pathlib
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvjax import policies
+from kvjax.cache import disk
 from launch import eval as command_eval
 from launch.evaluation.engine import ModelEngine
 from launch.evaluation.samples import Sample
@@ -71,6 +74,32 @@ def test_rows_table_plot_and_a_second_run_that_computes_nothing(command, ruler, 
     assert again.code == 0, again.err
     assert json.loads(out.read_text()) == rows
     assert len((tmp_path / "e.samples.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_one_sample_of_a_batch(command, ruler, tmp_path, monkeypatch):
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    pwrite = os.pwrite
+
+    def full(file, data, offset):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("row001.kv"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, offset)
+
+    out, policy = tmp_path / "e.json", f"offload(disk={str(pages)!r}, memory=0)"
+    argv = [f"--tasks=ruler:{ruler}", f"--policies={policy}", "--limit=2", f"--out={out}", "--batch=2"]
+    monkeypatch.setattr(disk.os, "pwrite", full)
+    done = command(command_eval, *argv)
+    assert done.code == 0, done.err
+    (row,) = json.loads(out.read_text())
+    assert (row["n"], row["failed"]) == (1, 1) and "row001.kv: the disk is full" in row["errors"][0]
+    assert 0 < row["moved_bytes_last_step"] < row["disk_bytes_last_step"]  # whole pages, with checksums
+    assert f"failed: 1 of {row['policy']}, qa; the first: row 1: " in done.out
+    monkeypatch.setattr(disk.os, "pwrite", pwrite)
+    command(command_eval, *argv)
+    (row,) = json.loads(out.read_text())
+    assert row["n"] == 2 and "failed" not in row
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,5 +1,6 @@
 """launch.generate on the small embedded model: text against plain recomputation, flags, and every bad input."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from kvjax import policies
+from kvjax.cache import disk
 from kvjax.generation.generator import Generator
 from launch import generate
 from models import checkpoint, decoder
@@ -21,6 +23,7 @@ from models.lm import DecoderLM
 
 MODEL = "kvref-draft-2m"
 PROMPT = "The old man sat by the fire and told them about the sea,"
+LONG = PROMPT + " and the ships that came home late in the year."
 OTHER = "In the morning"
 NEW = 12
 FIELDS = {
@@ -78,6 +81,39 @@ def test_an_offloaded_cache_gives_the_same_text_and_says_what_it_moved(command, 
     entry = 2 * model.config.kv_heads * model.config.head_dim * 4 * model.config.layers
     assert done["moved_bytes_last_step"] == done["prompt_tokens"] * entry  # without a selector: all of it
     assert done["host_cache_bytes"] >= done["moved_bytes_last_step"]
+
+
+def test_a_cache_on_disk_gives_the_same_text_and_a_full_disk_fails_its_row_alone(
+    command, greedy, model, tmp_path, monkeypatch
+):
+    argv = [
+        f"--prompt={LONG}", f"--prompt={LONG}", f"--max_new_tokens={NEW}", "--nowarmup", "--json",
+        f"--policy=offload(disk={str(tmp_path)!r}, memory=0)",
+    ]  # fmt: skip
+    done = command(generate, *argv).json
+    assert [o["text"] for o in done["outputs"]] == [greedy(LONG)] * 2
+    pages = done["outputs"][0]["prompt_tokens"] // 16
+    entry = 2 * model.config.head_dim * 4
+    rows = 2 * model.config.layers * model.config.kv_heads
+    assert done["moved_bytes_last_step"] == rows * pages * 16 * entry > 0
+    assert done["disk_bytes_last_step"] == rows * pages * (16 * entry + 4) <= done["disk_cache_bytes"]
+    assert done["host_cache_bytes"] == 0 and list(tmp_path.iterdir()) == []
+
+    pwrite = os.pwrite
+
+    def full(file, data, offset):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("row001.kv"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(disk.os, "pwrite", full)
+    run = command(generate, *argv)
+    assert "1 of 2 texts failed: row 1: " in run.error and "row001.kv: the disk is full" in run.error
+    good, bad = json.loads(run.out.splitlines()[-1])["outputs"]
+    assert good["text"] == greedy(LONG) and "error" not in good
+    assert bad["text"] == "" and bad["finish"] == "error" and bad["error"] in run.error
+    missing = command(generate, f"--prompt={LONG}", f"--policy=offload(disk='{tmp_path}/x')").error
+    assert missing.startswith(f"error: {tmp_path}/x: no such directory; ")
 
 
 def test_several_prompts_are_one_ragged_batch_with_each_ones_own_text(command, greedy):

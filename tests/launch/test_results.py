@@ -1,5 +1,6 @@
 """Rows, the store that resumes, the table and the plot, with an engine that answers from a list."""
 
+import dataclasses
 import json
 import math
 
@@ -169,3 +170,42 @@ def test_the_plot_is_a_picture(tmp_path):
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     assert (width, height) == (1125, 1440)  # two panels: one a metric
+
+
+class Disk(Engine):
+    """Fails the samples whose context is `broken`; moves bytes."""
+
+    def answer(self, policy, samples):
+        texts, cost = super().answer(policy, samples)
+        errors = {i: f"row {i}: no space" for i, s in enumerate(samples) if s.context == self.broken}
+        return texts, dataclasses.replace(cost, moved_bytes=60.0, disk_bytes=20.0, errors=errors)
+
+
+def test_failed_samples_are_counted_left_out_of_the_score_and_tried_again(tmp_path):
+    engine = Disk()
+    engine.broken = "nothing"
+    (row,) = run(tmp_path / "e.json", engine, policies=["full"])
+    assert list(row) == [*ROW_FIELDS, "moved_bytes_last_step", "disk_bytes_last_step", "failed", "errors"]
+    assert (row["score"], row["n"], row["failed"]) == (100.0, 3, 2)
+    assert row["errors"] == ["row 1: no space"] * 2
+    # The three good samples: two in batches of two, one alone.
+    assert (row["moved_bytes_last_step"], row["disk_bytes_last_step"]) == (round((30 + 30 + 60) / 3), 13)
+    assert report.table([row]).splitlines()[-1] == "failed: 2 of full, t; the first: row 1: no space"
+    again = Disk()
+    again.broken = None
+    (row,) = run(tmp_path / "e.json", again, policies=["full"])
+    assert again.calls == [("full", 2)]
+    assert row["score"] == pytest.approx(60.0) and "failed" not in row
+
+
+def test_a_row_whose_samples_all_failed_has_no_figures(tmp_path):
+    engine = Disk()
+    engine.broken = "nothing"
+    bad = Task("t", STRING_MATCH, tuple(x for x in TASK.items if x.context == "nothing"))
+    good, row = run(tmp_path / "e.json", engine, [dataclasses.replace(TASK, name="u"), bad], ["full"])
+    assert list(row) == [*ROW_FIELDS, "failed", "errors"]
+    assert row["score"] is row["cache_bytes"] is None and (row["n"], row["failed"]) == (0, 2)
+    table = report.table([good, row])
+    assert table.splitlines()[-1].startswith("failed: 2 of full, t; ")
+    report.plot([good, row], tmp_path / "e.png")
+    assert report.summary([good, row]) == report.summary([good])

@@ -13,7 +13,7 @@ import kvjax.policies as P
 from kvjax import arrays
 from kvjax.cache import placing, traffic
 from kvjax.cache.plan import Plan
-from kvjax.generation import engine, generator
+from kvjax.generation import engine, limits
 from kvjax.generation.generator import Generator
 from tests.toy import Toy, ragged, steps
 
@@ -152,7 +152,7 @@ def test_what_does_not_compose_says_why(spec, words):
 
 
 def test_too_little_host_memory_is_told_with_the_numbers(monkeypatch):
-    monkeypatch.setattr(generator, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(limits, "free_host_bytes", lambda: 1000)
     with pytest.raises(MemoryError, match=r"needs [\d,]+ bytes of host memory .* 1,000 are available"):
         Generator(LM, LM.init(), P.parse(f"{QUEST} | offload")).prefill([[1] * 100], 8)
 

@@ -28,4 +28,4 @@ def infinigen(
     selector = PartialChannels(
         read=read, recent=recent, skip_layers=skip_layers, ratio=ratio, alpha=alpha, ahead=ahead
     )
-    return Policy(selector=selector, placement=Offload(), explicit=frozenset({"selector", "placement"}))
+    return Policy(selector=selector, placement=Offload(), explicit=frozenset({"selector"}))

@@ -27,6 +27,4 @@ def shadowkv(
     ahead: choose with the queries that the layer before foresaw.
     """
     selector = LowRankKeys(read=read, recent=recent, chunk=chunk, rank=rank, outliers=outliers)
-    return Policy(
-        selector=selector, placement=Offload(ahead=ahead), explicit=frozenset({"selector", "placement"})
-    )
+    return Policy(selector=selector, placement=Offload(ahead=ahead), explicit=frozenset({"selector"}))
