@@ -254,10 +254,9 @@ class Plan:
 
     def host_slots(self, i: int) -> int:
         """Slots of an offloaded layer's prompt in host memory, a multiple of the block; on disk, of complete pages."""
-        lp, block = self.layers[i], self.block(i)
-        if lp.on_disk:
-            return min(lp.keep_capacity, lp.capacity) // self.span(i) * self.span(i)
-        return min(-(-lp.keep_capacity // block) * block, lp.capacity)
+        lp, span = self.layers[i], self.span(i)
+        most = lp.keep_capacity + (0 if lp.on_disk else span - 1)
+        return min(most // span, lp.capacity // span) * span
 
     def index_specs(self, i: int) -> dict[str, ArraySpec]:
         """The index of layer i: the selector's arrays, slots read at the last step, and the choice where it is kept."""
@@ -298,11 +297,9 @@ class Plan:
         for i, lp in enumerate(self.layers):
             if lp.offloaded:
                 pools[lp.pool] = self._split_specs(i, lp)
-        files = None
-        if self.on_disk:
-            failed = ArraySpec((self.batch,), "bool", ("batch",))
-            files = Disk(ArraySpec((), "int32", ()), failed, ArraySpec((len(layers),), "int32", (None,)))
-        return KVCache(layers=layers, pools=tuple(pools), disk=files, **rows)
+        failed = dataclasses.replace(row, dtype="bool")
+        files = Disk(ArraySpec((), "int32", ()), failed, ArraySpec((len(layers),), "int32", (None,)))
+        return KVCache(layers=layers, pools=tuple(pools), disk=files if self.on_disk else None, **rows)
 
     @property
     def on_disk(self) -> bool:
