@@ -6,10 +6,12 @@ appends one token, attends over what is stored, and lets the policy evict. Both 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import compensation, deferred, ops, placing, selecting
+from kvjax.cache import compensation, deferred, ops, placing, selecting, weighted
 from kvjax.cache import prefix as shared
 from kvjax.cache.plan import Plan
 from kvjax.cache.prefix import Prefix
@@ -78,24 +80,35 @@ def prefill(
                     pattern, seen, aligned=fresh, partial=prefix is not None, implementation=implementation
                 )
             else:
-                out, lse = prefill_attention(
-                    x.q,
-                    k,
-                    v,
+                common = dict(
                     q_positions=x.positions,
-                    k_positions=x.positions if fresh else pos,
                     scale=x.scale,
                     window=x.window,
                     softcap=x.softcap,
-                    causal_aligned=fresh,
                     return_lse=True,
-                    partial=prefix is not None,
                     implementation=implementation,
                 )
+                whole = functools.partial(
+                    prefill_attention,
+                    x.q,
+                    k,
+                    v,
+                    k_positions=x.positions if fresh else pos,
+                    causal_aligned=fresh,
+                    partial=prefix is not None,
+                    **common,
+                )
+                if not fresh and weighted.weighs(plan, i):
+                    own = functools.partial(
+                        prefill_attention, x.q, x.k, x.v, k_positions=x.positions, partial=True, **common
+                    )
+                    out, lse = weighted.extended(x, past, past_k, past_v, own, whole)
+                else:
+                    out, lse = whole()
             if prefix is not None:
                 out, lse = shared.attend(x, prefix.layers[i], out, lse, implementation)
                 out = out.astype(x.q.dtype)
-        if not fresh and compensation.counts_slots(plan, i):
+        if not fresh and compensation.counts_slots(plan, i) and not weighted.weighs(plan, i):
             count = jnp.where(entries.pos >= 0, entries.slot_state[LOG_COUNT], 0.0)
             count, key, value = compensation.most_numerous(count, k, v)
             out = compensation.add_counts(x, out, lse, key, value, count)
@@ -235,7 +248,11 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
         cache = _append(plan, cache, x)
         want_mass = evict and "mass" in policy.needs
         with jax.named_scope("decode_attention"):
-            if compensation.counts_slots(plan, i):
+            if weighted.weighs(plan, i):
+                result = weighted.stored_attention(
+                    plan, cache, x, return_mass=want_mass, implementation=implementation
+                )
+            elif compensation.counts_slots(plan, i):
                 result = compensation.stored_attention(plan, cache, x, implementation=implementation), None
             elif selecting.active(plan, i):
                 out, second, cache = selected_attention(

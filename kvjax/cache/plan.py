@@ -122,17 +122,23 @@ class Plan:
     def _check_parts(self) -> None:
         """ValueError for parts that exclude each other."""
         policy, codec = self.policy, self.policy.codec
-        scorer = policy.scorer
-        counted = scorer is not None and LOG_COUNT in scorer.slot_state()
-        if counted and (codec.deferred or codec.rotates or policy.evict_decode):
+        state, reducer = policy.scorer.slot_state(), policy.reducer
+        counted = LOG_COUNT in state
+        if counted and (codec.deferred or codec.rotates or (policy.evict_decode and not reducer.weighs)):
             raise ValueError(
                 f"{policy.name}: a token that stands for many needs a codec of single tokens (the model's dtype, int8, "
-                "fp8) and no eviction while decoding"
+                "fp8)" + ("" if reducer.weighs else " and no eviction while decoding")
+            )
+        if not set(reducer.slot_state()) <= set(state) or (reducer.weighs and policy.prefill is not None):
+            what = "another scorer" if policy.prefill is None else "a prefill pattern"
+            raise ValueError(
+                f"{policy.name}: {type(reducer).__name__} weighs slots, which {what} does not know of"
             )
         if counted and policy.selector is not None:
             raise ValueError(f"{policy.name}: a token that stands for many does not compose with a selector")
         alloc = policy.allocator
-        if policy.evict_decode and policy.spare > 1 and alloc.ragged and alloc.scope == "model":
+        apart = policy.spare > 1 or reducer.resamples
+        if policy.evict_decode and apart and alloc.ragged and alloc.scope == "model":
             raise ValueError(
                 f"{policy.name}: layers that share one pool of pages cannot be compacted one by one while decoding; "
                 "use interval=1 without rerotate"

@@ -150,20 +150,20 @@ def test_steps_in_the_cache(spec):
         assert (np.abs(level[-1]) <= 1).all() and (level[1:, 0] != level[:-1, 0]).all()
 
 
-@pytest.mark.parametrize("spec", [D2O, CAM])
+@pytest.mark.parametrize("spec", [D2O, CAM, "subgen(budget=16, sink=1, recent=4, interval=4)"])
 def test_endless_generation_compiles_once_and_grows_nothing(spec):
     lm = Toy(layers=2)
     plan = Plan(parse(spec), lm.shape, 2, 24, 8, page_size=4)
     tokens, positions = ragged((24, 15), 24)
     _, cache = engine.prefill(lm, plan, lm.init(), tokens, positions)
-    size, more = nbytes(cache), np.random.default_rng(3).integers(0, 64, (2, 100))
+    size, more = nbytes(cache), np.random.default_rng(3).integers(0, 64, (2, 40))
     feed = functools.partial(engine.feed, lm, plan, lm.init())
     compiled = None
     for _ in range(3):
-        logits, cache = feed(cache, more, np.ones((2, 100), bool))
+        logits, cache = feed(cache, more, np.ones((2, 40), bool))
         assert np.isfinite(np.asarray(logits)).all() and nbytes(cache) == size == plan.nbytes()
         compiled = engine.feed._cache_size() if compiled is None else compiled
         assert engine.feed._cache_size() == compiled
-    np.testing.assert_array_equal(cache.length, [324, 315])
+    np.testing.assert_array_equal(cache.length, [144, 135])
     held = [int((np.asarray(ops.view(plan, cache, i).pos) >= 0).sum()) for i in range(2)]
-    assert sum(held) <= 2 * 2 * 2 * 16
+    assert sum(held) <= 2 * 2 * 2 * (16 + parse(spec).interval - 1)

@@ -234,7 +234,7 @@ def test_chunked_prefill(name):
     for layer in range(LM.layers):
         got, want = kept(p, cache, layer), kept(p, whole, layer)
         for (b, _h), positions_kept in got.items():
-            assert len(set(positions_kept)) == len(positions_kept)
+            assert len(set(positions_kept)) == len(positions_kept) or p.reducer.resamples  # a draw may repeat
             assert set(positions_kept) <= set(range(LENGTHS[b]))
         if p.scorer is None or (p.scorer.chunk_exact and layer == 0):
             assert got == want

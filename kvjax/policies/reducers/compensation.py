@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,19 @@ import jax.numpy as jnp
 from kvjax.policies.base import PROTECTED, Array, Scorer, State
 from kvjax.policies.observation import Observation
 from kvjax.policies.reducers.nearest import gather, losers
-from kvjax.policies.reducing import LOG_COUNT, Reducer
+from kvjax.policies.reducing import LOG_COUNT, Drop, Reducer
+from kvjax.types import ModelShape
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted(Scorer):
-    """Another scorer, with the logarithm of the number of tokens that a slot stands for kept beside each slot."""
+    """Another scorer, with the logarithm of the number of tokens that a slot stands for kept beside each slot.
+
+    reducer: one whose slot state is kept as well.
+    """
 
     inner: Scorer
+    reducer: Reducer = Drop()
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -26,19 +31,28 @@ class Counted(Scorer):
         return self.inner.needs
 
     @property
+    def prefill_only(self) -> bool:  # type: ignore[override]
+        """The inner scorer's."""
+        return self.inner.prefill_only
+
+    @property
     def chunk_exact(self) -> bool:  # type: ignore[override]
         """False: the compensation token moves when a later chunk drops more."""
         return False
 
     def slot_state(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """The inner scorer's, and log_count; 0 = one token."""
-        return {**self.inner.slot_state(), LOG_COUNT: ((), "float32")}
+        """The inner scorer's, the reducer's, and log_count; 0 = one token."""
+        return {**self.inner.slot_state(), **self.reducer.slot_state(), LOG_COUNT: ((), "float32")}
+
+    def constants(self, layer: int, shape: ModelShape) -> dict[str, Any]:
+        """The inner scorer's."""
+        return self.inner.constants(layer, shape)
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """The inner scorer's scores."""
-        inner = {n: x for n, x in state.items() if n != LOG_COUNT}
-        scores, new = self.inner.score(obs, inner)
-        return scores, {**new, LOG_COUNT: state[LOG_COUNT]}
+        mine = self.inner.slot_state()
+        scores, new = self.inner.score(obs, {n: x for n, x in state.items() if n in mine})
+        return scores, {**state, **new}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,17 +36,28 @@ def nearest(keys: Array, centres: Array, usable: Array) -> tuple[Array, Array]:
     keys [batch, kv_heads, slots, head_dim]; centres [batch, kv_heads, places, head_dim]; usable bool [.., places].
     Ties go to the earlier place. Without a usable centre the cosine is -inf.
     """
+    return _largest_product(unit(keys), unit(centres), 0.0, usable)
+
+
+def closest(keys: Array, centres: Array, usable: Array) -> tuple[Array, Array]:
+    """(squared Euclidean distance f32, place int32), as `nearest`; without a usable centre the distance is inf."""
+    half = 0.5 * jnp.sum(centres * centres, axis=-1)  # |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
+    best, place = _largest_product(keys, centres, half[:, :, None], usable)
+    return jnp.maximum(jnp.sum(keys * keys, axis=-1) - 2 * best, 0.0), place
+
+
+def _largest_product(keys: Array, centres: Array, minus: Array | float, usable: Array) -> tuple[Array, Array]:
+    """max and argmax over usable centres of key . centre - minus [batch, kv_heads, 1, places], keys in blocks."""
     b, h, s, d = keys.shape
     block = min(_BLOCK, s)
     parts = -(-s // block)
-    padded = jnp.pad(unit(keys), ((0, 0), (0, 0), (0, parts * block - s), (0, 0)))
+    padded = jnp.pad(keys, ((0, 0), (0, 0), (0, parts * block - s), (0, 0)))
     blocks = jnp.moveaxis(padded.reshape(b, h, parts, block, d), 2, 0)
-    centres = unit(centres)
 
     def one(x: Array) -> tuple[Array, Array]:
-        cosine = jnp.einsum("bhsd,bhpd->bhsp", x, centres, precision="highest")
-        cosine = jnp.where(usable[:, :, None], cosine, -jnp.inf)
-        return jnp.max(cosine, axis=-1), jnp.argmax(cosine, axis=-1).astype(jnp.int32)
+        found = jnp.einsum("bhsd,bhpd->bhsp", x, centres, precision="highest") - minus
+        found = jnp.where(usable[:, :, None], found, -jnp.inf)
+        return jnp.max(found, axis=-1), jnp.argmax(found, axis=-1).astype(jnp.int32)
 
     best, place = jax.lax.map(one, blocks)
     join = lambda x: jnp.moveaxis(x, 0, 2).reshape(b, h, parts * block)[:, :, :s]  # noqa: E731
