@@ -14,6 +14,7 @@ from kvjax.policies import Observation, parse
 from kvjax.policies.base import PROTECTED
 from kvjax.policies.reducers import neighbours, similar
 from kvjax.policies.reducers.nearest import nearest
+from kvjax.policies.reducing import LOG_COUNT
 from kvjax.policies.scorers.temporal import GlobalLocal, Redundancy
 
 FIXTURE = np.load(pathlib.Path(__file__).parents[1] / "fixtures" / "kvpress" / "allocators.npz")
@@ -308,6 +309,36 @@ def test_chelsea_pairs_with_equal_keys_become_one():
             return e @ np.asarray(values, np.float64) / e.sum()
 
         np.testing.assert_allclose(attend(got_k[0, h], got_v[0, h]), attend(k[0, h], v[0, h]), atol=1e-5)
+
+
+@pytest.mark.parametrize("reducer", [neighbours.ChunkClusters(8, True), neighbours.GaussianSets(0.999, True)])
+def test_counted_clusters_of_equal_entries_are_exact(reducer):
+    """Runs of 3, 2 and 1 equal entries with sizes in the logits: the attention of all, merged once or twice."""
+    rng = np.random.default_rng(2)
+    runs = np.repeat(np.arange(20), [1, 3, 2, 2] * 5)
+    k, v = (rng.standard_normal((B, H, 20, D))[:, :, runs] for _ in range(2))
+    obs, scores = observation(k=k, v=v), jnp.zeros((B, H, S))
+    first = np.r_[0, 1 + np.flatnonzero(np.diff(runs))]
+    some, state = np.union1d(first, [2, 6]), {LOG_COUNT: jnp.zeros((B, H, S))}
+    apply = jax.jit(reducer.apply)
+    index = jnp.broadcast_to(jnp.asarray(np.r_[some, [S] * (S - len(some))]), (B, H, S))
+    k1, v1, counts = apply(obs, index, scores, state)
+    pos = jnp.where(index < S, index, -1)
+    again = jnp.asarray(np.r_[np.flatnonzero(np.isin(some, first)), [S] * (S - 20)])
+    k2, v2, counts = apply(
+        obs.replace(k=k1, v=v1, pos=pos), jnp.broadcast_to(again, (B, H, S)), scores, counts
+    )
+    np.testing.assert_allclose(np.exp(counts[LOG_COUNT][0, 0, :20]), [1, 3, 2, 2] * 5, rtol=1e-5)
+    q = rng.standard_normal(D)
+    for h in range(H):
+
+        def attend(keys, values, log_count):
+            e = np.exp(np.asarray(keys, np.float64) @ q + log_count)
+            return e @ np.asarray(values, np.float64) / e.sum()
+
+        want = attend(k[0, h], v[0, h], 0)
+        got = attend(k2[0, h, :20], v2[0, h, :20], np.asarray(counts[LOG_COUNT])[0, h, :20])
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_chelsea_clusters_stay_in_their_chunk():

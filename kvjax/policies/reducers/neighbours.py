@@ -8,11 +8,11 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvjax.policies.base import PROTECTED, Array
+from kvjax.policies.base import PROTECTED, Array, State
 from kvjax.policies.observation import Observation
 from kvjax.policies.ordering import hash_uniform, take, time_order, time_rank
 from kvjax.policies.reducers.nearest import blend, fold, gather, losers, unit
-from kvjax.policies.reducing import Reducer, Written
+from kvjax.policies.reducing import LOG_COUNT, Reducer, Written
 
 
 def places_of(index: Array, slots: int) -> Array:
@@ -58,6 +58,21 @@ def anchors(obs: Observation, index: Array, connected: Array | None = None) -> A
     return take(jnp.where(found, jnp.take_along_axis(place, jnp.maximum(at, 0), axis=-1), -1), rank)
 
 
+def recount(state: State, index: Array, joined: Array, place: Array) -> State:
+    """The survivors' slot state; LOG_COUNT includes the tokens of the losers that `joined` at `place` [.., slots]."""
+    usable = index < joined.shape[2]
+    kept = {
+        n: jnp.where(usable.reshape(*usable.shape, *(1,) * (x.ndim - 3)), gather(x, index), 0)
+        for n, x in state.items()
+    }
+    number = jnp.where(joined, jnp.exp(state[LOG_COUNT]), 0.0)
+    _, added = fold(number[..., None], number, place, index.shape[2])
+    kept[LOG_COUNT] = jnp.where(
+        usable & (added > 0), jnp.log(jnp.exp(kept[LOG_COUNT]) + added), kept[LOG_COUNT]
+    )
+    return kept
+
+
 @dataclasses.dataclass(frozen=True)
 class Anchors(Reducer):
     """Elastic Cache: keys and values of losers are averaged into the survivor nearest in the sequence."""
@@ -82,13 +97,22 @@ class GaussianSets(Reducer):
     their own. Survivors are the pivots; a loser joins the nearest pivot of its set, and vanishes without one.
     w_i = exp(-||k_p - k_i||^2 / (2 sigma^2)), w_p = 1, normalised; k, v <- sum w_i k_i, sum w_i v_i. sigma: two
     passes, sigma^2 = mean squared distance first, then sigma = sum w / (sqrt(2) |S|) (second-hand, the paper's rule
-    is circular). The paper multiplies v by |S|; sizes would also have to enter the softmax, so we do not.
+    is circular). The paper multiplies v by |S|, which changes the numerator alone; counted=True adds log |S| to the
+    pivot's logit instead, so that the softmax counts all of the set.
     """
 
     threshold: float = 0.75
+    counted: bool = False
     merges: ClassVar[bool] = True
 
-    def reduce(self, obs: Observation, index: Array, scores: Array) -> tuple[Array, Array]:
+    @property
+    def weighs(self) -> bool:
+        """Pivots count as many times as their sets have tokens, if counted."""
+        return self.counted
+
+    def apply(
+        self, obs: Observation, index: Array, scores: Array, state: State
+    ) -> tuple[Array, Array, State | None]:
         """Pivots with their sets merged in."""
         order = time_order(obs.pos)
         keys = take(unit(obs.k), order)
@@ -110,17 +134,30 @@ class GaussianSets(Reducer):
             weight = jnp.where(joined, jnp.exp(-far / (2 * spread)), 0.0)
             _, total = fold(far[..., None], weight, place, places)
             sigma2 = ((1.0 + total) / (jnp.sqrt(2.0) * (1.0 + size))) ** 2
-        return tuple(blend(gather(x, index), *fold(x, weight, place, places)) for x in (obs.k, obs.v))
+        k, v = (blend(gather(x, index), *fold(x, weight, place, places)) for x in (obs.k, obs.v))
+        return k, v, recount(state, index, joined, place) if self.counted else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkClusters(Reducer):
-    """Chelsea: a loser joins the most similar survivor of its chunk of `chunk` tokens; clusters become their means."""
+    """Chelsea: a loser joins the most similar survivor of its chunk of `chunk` tokens; clusters become their means.
+
+    counted: a cluster's mean weighs its tokens alike however often it was merged, and log of their number is added to its
+    logit, so that the softmax counts them all.
+    """
 
     chunk: int = 16
+    counted: bool = False
     merges: ClassVar[bool] = True
 
-    def reduce(self, obs: Observation, index: Array, scores: Array) -> tuple[Array, Array]:
+    @property
+    def weighs(self) -> bool:
+        """Means count as many times as their clusters have tokens, if counted."""
+        return self.counted
+
+    def apply(
+        self, obs: Observation, index: Array, scores: Array, state: State
+    ) -> tuple[Array, Array, State | None]:
         """Survivors replaced by the means of their clusters; a loser whose chunk kept nothing vanishes."""
         slots = obs.pos.shape[2]
         order, rank = time_order(obs.pos), time_rank(obs.pos)
@@ -138,11 +175,11 @@ class ChunkClusters(Reducer):
         best = jnp.take_along_axis(place, jnp.argmax(cosine, axis=-1), axis=-1)
         best = jnp.where(jnp.max(cosine, axis=-1) > -jnp.inf, best, -1)
         place = take(best.reshape(b, h, -1)[:, :, :slots], rank)
-        weight = (losers(obs, index) & (place >= 0)).astype(jnp.float32)
-        return tuple(
-            blend(gather(x, index), *fold(x, weight, jnp.maximum(place, 0), index.shape[2]))
-            for x in (obs.k, obs.v)
-        )
+        joined, place = losers(obs, index) & (place >= 0), jnp.maximum(place, 0)
+        number = jnp.exp(state[LOG_COUNT]) if self.counted else jnp.ones(joined.shape)
+        weight, own = jnp.where(joined, number, 0.0), gather(number, index)
+        k, v = (blend(gather(x, index), *fold(x, weight, place, index.shape[2]), own) for x in (obs.k, obs.v))
+        return k, v, recount(state, index, joined, place) if self.counted else None
 
 
 @dataclasses.dataclass(frozen=True)
