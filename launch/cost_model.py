@@ -3,7 +3,7 @@
 Every byte comes from the specs that the cache is allocated from (`Plan.specs`) and from the declared weights; no array
 is made. Times are floors: bytes over bandwidth, operations over the matrix units' rate, the larger of the two per part
 (weights, attention), parts one after the other, then what offloaded layers fetch: measured, next to none of it is hidden
-(docs/results_offload.md). Launch gaps, collectives and what XLA copies are not in them.
+(docs/results_offload.md). Launch gaps, collectives, what XLA copies and reads from disk are not in them.
 """
 
 from __future__ import annotations
@@ -220,6 +220,7 @@ def estimate(
         "weight_bytes": w.total,
         "cache_bytes": this.prompt_only().nbytes(),
         "host_cache_bytes": this.prompt_only().host_nbytes(),
+        "disk_cache_bytes": this.prompt_only().disk_nbytes(),
         "full_cache_bytes": full.prompt_only().nbytes(),
         "allocated_bytes": this.nbytes(),
         "read_bytes": {

@@ -93,7 +93,8 @@ def main(f: flags.FlagValues) -> None:
         f"  a step     reads {sum(read.values()) / gib:.3f} GiB "
         f"(weights {read['weights'] / gib:.3f}, cache {read['cache'] / gib:.3f}, index {read['index'] / gib:.3f}): "
         f"{row['step_s'] * 1e3:.3f} ms, {row['tokens_per_s']:.1f} tokens/s\n"
-        f"  transfer   {moved / gib:.3f} GiB of a step from {row['host_cache_bytes'] / gib:.3f} GiB in host memory\n"
+        f"  transfer   {moved / gib:.3f} GiB of a step from {row['host_cache_bytes'] / gib:.3f} GiB in host memory"
+        f"{disk_note(row['disk_cache_bytes'] / gib)}\n"
         f"  prefill    {row['prefill_s']:.3f} s\n"
         f"  fits       {row['largest_batch']} rows of {row['context']:,}, or {row['largest_context']:,} tokens "
         f"in {row['batch']} rows (the model's context: {row['model_context']:,})"
@@ -104,6 +105,11 @@ def main(f: flags.FlagValues) -> None:
             json.dump(row, file, indent=1)
     if f.json:
         print(json.dumps(row))
+
+
+def disk_note(gib: float) -> str:
+    """What the line on transfers says of pages on disk."""
+    return f" and {gib:.3f} on disk, whose reads are not in the times" if gib else ""
 
 
 if __name__ == "__main__":

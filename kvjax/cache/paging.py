@@ -20,7 +20,11 @@ Array = jax.Array
 
 
 def open_files(plan: Plan, cache: KVCache) -> KVCache:
-    """The cache with a store of its own. Under `jit` each run of the program opens one."""
+    """The cache with a store of its own. Under `jit` each run of the program opens one.
+
+    `Generator` closes it with the session; who calls `engine.prefill` closes it by `disk.close(cache.disk.handle)`. What is
+    open when the process exits is closed then.
+    """
     if not plan.on_disk:
         return cache
     handle = io_callback(

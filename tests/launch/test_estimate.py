@@ -170,6 +170,9 @@ def test_offload_moves_what_it_reads_over_the_link():
     assert far["step_s"] == pytest.approx(near["step_s"] + far["transfer_s"])
     assert far["host_cache_bytes"] == 32 * 8 * 8 * 32768 * 512
     assert far["largest_batch"] > 5 * near["largest_batch"]
+    disk = row(f"{spec} | offload(disk='/nowhere', memory=0)")  # pages of 16 slots and 4 bytes of checksum
+    assert disk["disk_cache_bytes"] == 32 * 8 * 8 * (32768 * 512 + 2048 * 4)
+    assert disk["host_cache_bytes"] == 0 and disk["read_bytes"]["host"] == moved
 
 
 @pytest.mark.parametrize(

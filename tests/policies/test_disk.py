@@ -85,6 +85,9 @@ def generator(policy):
             marks=pytest.mark.slow,
         ),
         pytest.param("snapkv(budget=48, window=4) | " + QUEST, marks=pytest.mark.slow),
+        # Choices that are kept for several steps, and scores from all stored entries, inside a branch:
+        pytest.param("louiskv(read=12, per=4, sink=2, recent=4, segments=4)", marks=pytest.mark.slow),
+        pytest.param("exact_topk(read=16)", marks=pytest.mark.slow),
     ],
 )
 def test_logits_equal_those_on_the_device_to_the_bit_and_bytes_are_the_pages(spec, folder):

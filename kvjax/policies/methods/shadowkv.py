@@ -24,7 +24,8 @@ def shadowkv(
     read: entries per step and KV head, the newest `recent` included; `outliers` chunks beside them stay exact on the device.
     The decomposition covers all KV heads side by side, through the eigenvectors of K^T K. Unlike the paper, new tokens join
     the landmarks, so that a long output stays selectable; keys are in host memory too, for questions after the prompt.
-    ahead: choose with the queries that the layer before foresaw.
+    ahead: choose with the queries that the layer before foresaw. With `offload(disk=...)` up to 15 more of the newest entries
+    stay on the device (whole pages leave it), so that their keys are exact instead of low-rank.
     """
     selector = LowRankKeys(read=read, recent=recent, chunk=chunk, rank=rank, outliers=outliers)
     return Policy(selector=selector, placement=Offload(ahead=ahead), explicit=frozenset({"selector"}))
