@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from kvjax.policies import calibration
 from launch import cli
-from launch.calibration import codecs, duo, heads, keys, queries
+from launch.calibration import codecs, duo, heads, keys, queries, reads
 from launch.session import Session, define_model_flags, open_session
 
 # method -> (samples, tokens of each) that make a usable file; --samples and --length replace them
@@ -32,6 +32,7 @@ SIZES = {
     "compresskv": (48, 448),
     "razorattention": (8, 1024),
     "duoattention": (200, 448),
+    "head_reads": (16, 2048),
     "pq_refined": (24, 7936),
     "a2ats": (12, 4096),
     **{method: (48, 2048) for method in codecs.METHODS},
@@ -55,6 +56,8 @@ def measure(
         return heads.echo_induction(session, count, length, step)
     if method == "duoattention":
         return duo.gates(session, count, length, step)
+    if method == "head_reads":
+        return reads.reading(session, count, length, step)
     if method == "pq_refined":
         return keys.key_codes(session, count, length, step)
     if method == "a2ats":

@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax.arrays import nbytes
+from kvjax.cache import index_layout
 from kvjax.cache.plan import Plan
-from kvjax.cache.selecting import FRAMEWORK
 from kvjax.cache.traffic import moved_per_slot
 from kvjax.policies.base import Policy
 from models import params as model_params
@@ -135,16 +136,13 @@ def step_traffic(plan: Plan) -> Traffic:
             entries += held
             host += held * moved_per_slot(plan, i) if lp.offloaded else 0
             continue
-        selector, block = policy.selector, plan.block(i)
-        read = min(lp.capacity, -(-selector.entries(lp.capacity) // block) * block)
-        cache -= (held - heads * read) * per_slot
-        entries += heads * read
-        host += heads * read * moved_per_slot(plan, i) if lp.offloaded else 0
-        own = {
-            n: s for n, s in plan.index_specs(i).items() if n not in FRAMEWORK and not n.startswith("held.")
-        }
-        shared = selector.interval if not selector.triggered else 1
-        index += selector.scanned(own, lp.capacity, plan.batch, shape) / shared
+        stored = np.full((plan.batch, shape.kv_heads), lp.capacity, np.int64)
+        read = int(index_layout.planned(plan, i, stored).sum())
+        cache -= (held - read) * per_slot
+        entries += read
+        host += read * moved_per_slot(plan, i) if lp.offloaded else 0
+        shared = policy.selector.interval if not policy.selector.triggered else 1
+        index += index_layout.scanned(plan, i) / shared
     return Traffic(cache, index, state, entries, host)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import arrays
-from kvjax.cache import paging, placing
+from kvjax.cache import index_layout, paging, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Layer, Pool, View
 from kvjax.codecs.base import Context, Field
@@ -28,7 +28,7 @@ def empty(plan: Plan) -> KVCache:
             const = {k: jnp.asarray(v) for k, v in lp.policy.scorer.constants(i, plan.shape).items()}
             layer = layer.replace(const=const)
         if lp.policy.selector is not None:
-            own = lp.policy.selector.constants(i, plan.shape)
+            own = index_layout.constants(plan, i)
             const = {f"selector.{k}": jnp.asarray(v) for k, v in own.items()}
             layer = layer.replace(const={**layer.const, **const})
         layers.append(layer)

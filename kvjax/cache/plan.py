@@ -13,7 +13,8 @@ import math
 import numpy as np
 
 from kvjax.arrays import ArraySpec, nbytes
-from kvjax.cache import disk
+from kvjax.cache import disk, index_layout
+from kvjax.cache.index_layout import LEAD
 from kvjax.cache.state import Disk, KVCache, Layer, Pool, Residual
 from kvjax.codecs.base import Plain
 from kvjax.codecs.widened import widen
@@ -22,8 +23,6 @@ from kvjax.policies.placement import PAGE
 from kvjax.policies.reducing import LOG_COUNT
 from kvjax.policies.scorers.recency import Recency
 from kvjax.types import ModelShape
-
-LEAD = ("batch", "kv_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +106,7 @@ class Plan:
         if self.policy.selector is not None:
             self.policy.selector.check(self.shape)
             if self.policy.head_reads is not None:
-                self.policy.head_reads.check(self.shape)
-                if not isinstance(self.policy.selector.read, float):
-                    raise ValueError(f"{self.policy.name}: budgets per head need `read` as a fraction")
+                self.policy.head_reads.check(self.shape, self.policy.selector, self.policy.name)
             if self.policy.selector.reorders and codec.deferred:
                 raise ValueError(
                     f"{self.policy.name}: {type(self.policy.selector).__name__} moves entries to other slots, which a "
@@ -224,22 +221,14 @@ class Plan:
         """Slots that a selector of layer i chooses and reads as one."""
         return _block(self.layers[i].policy)
 
-    def choice_width(self, i: int) -> int:
-        """Most blocks that a selection of layer i names."""
-        lp, block = self.layers[i], self.block(i)
-        selector, codec = lp.policy.selector, lp.policy.codec
-        total = lp.capacity + codec.residual + codec.sink
-        most = -(-selector.entries(total) // block)
-        if lp.policy.head_reads is not None:  # the head that reads most decides
-            most = -(-int(np.max(lp.policy.head_reads.entries(selector.read, i, np.int64(total)))) // block)
-        forced = -(-selector.sink // block) + -(-selector.recent // block) + 1
-        return min(max(most, forced), lp.capacity // block)
+    def longest(self, i: int) -> int:
+        """Most entries that a head of layer i holds, unencoded ones included."""
+        lp = self.layers[i]
+        return lp.capacity + lp.policy.codec.residual + lp.policy.codec.sink
 
     def table_width(self, i: int) -> int:
-        """Most blocks that a step of layer i reads: the choice, and what came after it where choices are kept."""
-        selector = self.layers[i].policy.selector
-        late = -(-selector.recent // self.block(i)) + 1 if selector.keeps_choice else 0
-        return self.choice_width(i) + late
+        """Most blocks that a step of layer i reads."""
+        return index_layout.table_width(self, i)
 
     def tail_recent(self, i: int) -> int:
         """Newest entries of an offloaded layer's prompt that stay on the device, beside a codec's window."""
@@ -265,21 +254,8 @@ class Plan:
         return min(most // span, lp.capacity // span) * span
 
     def index_specs(self, i: int) -> dict[str, ArraySpec]:
-        """The index of layer i: the selector's arrays, slots read at the last step, and the choice where it is kept."""
-        lp, block = self.layers[i], self.block(i)
-        selector, lead = lp.policy.selector, (self.batch, self.shape.kv_heads)
-        slots = -(-(lp.capacity + lp.policy.codec.residual) // block) * block
-        specs = dict(selector.specs(self.batch, slots, self.shape))
-        specs["reads"] = ArraySpec(lead, "int32", LEAD)
-        if selector.keeps_choice:
-            specs["chosen"] = ArraySpec((*lead, self.choice_width(i)), "int32", (*LEAD, None), fill=-1)
-        if lp.offloaded:
-            width, codec = self.table_width(i), lp.policy.codec
-            specs["moved"] = ArraySpec(lead, "int32", LEAD)
-            specs["held"] = ArraySpec((*lead, width), "int32", (*LEAD, None), fill=-1)
-            held = codec.specs(lead, (*LEAD, "held"), width * block, self.shape.head_dim, self.shape.dtype)
-            specs |= {f"held.{n}": s for n, s in held.items()}
-        return specs
+        """The index of layer i, {} where no head of it is chosen for."""
+        return index_layout.specs(self, i)
 
     @functools.cached_property
     def pool_specs(self) -> tuple[Pool | None, ...]:
@@ -354,8 +330,7 @@ class Plan:
         index = None
         if lp.policy.selector is not None:
             index = self.index_specs(i)
-            for name, value in lp.policy.selector.constants(i, self.shape).items():
-                value = np.asarray(value)
+            for name, value in index_layout.constants(self, i).items():
                 const[f"selector.{name}"] = ArraySpec(value.shape, value.dtype.name, (None,) * value.ndim)
         return Layer(
             table=table,

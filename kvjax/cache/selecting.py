@@ -7,13 +7,15 @@ slots as `Layer` does; tokens that still wait in a deferred codec's window have 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvjax import arrays
-from kvjax.cache import deferred, ops, placing
+from kvjax.cache import deferred, index_layout, ops, placing, streaming
+from kvjax.cache.index_layout import FRAMEWORK, of_heads, put_heads
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.codecs.base import Field
@@ -22,17 +24,20 @@ from kvjax.policies.selectors.base import ALWAYS, NEVER, Call, Entries
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttentionInputs
 
-FRAMEWORK = (
-    "chosen",
-    "reads",
-    "held",
-    "moved",
-)  # and held.FIELD: entries of the index that are not the selector's
-
 
 def active(plan: Plan, i: int) -> bool:
     """True when layer i reads a selection."""
     return plan.layers[i].policy.selector is not None
+
+
+def _heads(plan: Plan, i: int) -> Callable[[Array], Array]:
+    """Arrays [batch, kv_heads or q_heads, ...] of layer i's retrieval heads only."""
+    return lambda x: of_heads(x, index_layout.retrieving(plan, i), plan.shape.kv_heads)
+
+
+def _indexed_entries(plan: Plan, cache: KVCache, i: int, inv_freq: Array | None) -> Entries:
+    """`stored_entries` of the heads that the selector chooses for."""
+    return jax.tree.map(_heads(plan, i), stored_entries(plan, cache, i, inv_freq))
 
 
 def stored_entries(plan: Plan, cache: KVCache, i: int, inv_freq: Array | None) -> Entries:
@@ -66,17 +71,21 @@ def new_slots(plan: Plan, cache: KVCache, i: int, positions: Array) -> Array:
 
 
 def _call(plan: Plan, cache: KVCache, x: AttentionInputs | Observation, ahead: bool = False) -> Call:
-    """What a selector sees of a model's call, or of an observation of one; ahead: with foreseen queries, if there are any."""
-    i = x.layer
+    """What a selector sees of a model's call, or of an observation of one; ahead: with foreseen queries, if there are any.
+
+    All of it is of the heads that it chooses for.
+    """
+    i, ours = x.layer, _heads(plan, x.layer)
+    lse = x.lse if isinstance(x, Observation) else None
     observed = isinstance(x, Observation)
     prefix = "selector."
     const = {n.removeprefix(prefix): a for n, a in cache.layers[i].const.items() if n.startswith(prefix)}
     return Call(
-        q=cache.ahead if ahead and cache.ahead is not None else x.q,
+        q=ours(cache.ahead if ahead and cache.ahead is not None else x.q),
         q_pos=x.q_pos if observed else x.positions,
-        fill=cache.layers[i].fill,
-        stored=functools.partial(stored_entries, plan, cache, i, x.inv_freq),
-        lse=x.lse if observed else None,
+        fill=ours(cache.layers[i].fill),
+        stored=functools.partial(_indexed_entries, plan, cache, i, x.inv_freq),
+        lse=None if lse is None else ours(lse),
         hidden=x.hidden,
         before=cache.hidden,
         token_ids=cache.token_ids,
@@ -120,7 +129,9 @@ def build(plan: Plan, cache: KVCache, obs: Observation) -> KVCache:
         return cache
     with jax.named_scope("index"):
         empty, ours = _own(arrays.init(plan.index_specs(i)))
-        entries = stored_entries(plan, cache, i, obs.inv_freq)
+        if not index_layout.retrieving(plan, i):
+            return _put(plan, cache, i, ours)
+        entries = _indexed_entries(plan, cache, i, obs.inv_freq)
         previous = _own(cache.layers[i].index or {})[0]
         made = plan.layers[i].policy.selector.build(empty, entries, _call(plan, cache, obs), previous)
         return _put(plan, cache, i, {**made, **ours})
@@ -129,23 +140,21 @@ def build(plan: Plan, cache: KVCache, obs: Observation) -> KVCache:
 def append(plan: Plan, before: KVCache, after: KVCache, x: AttentionInputs) -> KVCache:
     """`after` with the index of layer x.layer grown by the tokens of x, which were stored between the two caches."""
     i = x.layer
-    if not active(plan, i):
+    if not active(plan, i) or not index_layout.retrieving(plan, i):
         return after
     with jax.named_scope("index"):
         slots = new_slots(plan, before, i, x.positions)
         pos = jnp.broadcast_to(x.positions[:, None], slots.shape)
         own, ours = _own(before.layers[i].index)
-        made = plan.layers[i].policy.selector.append(
-            own, Entries(x.k, x.v, pos, slots), _call(plan, after, x)
-        )
+        new = jax.tree.map(_heads(plan, i), Entries(x.k, x.v, pos, slots))
+        made = plan.layers[i].policy.selector.append(own, new, _call(plan, after, x))
         return _put(plan, after, i, {**made, **ours})
 
 
 def block_counts(plan: Plan, i: int, stored: Array) -> Array:
     """int32, like `stored` (entries per head): blocks to read, sinks and recent ones included. Exact: tabulated."""
-    lp = plan.layers[i]
-    longest = lp.capacity + lp.policy.codec.residual + lp.policy.codec.sink
-    block, reads = plan.block(i), lp.policy.head_reads
+    lp, longest, block = plan.layers[i], plan.longest(i), plan.block(i)
+    reads = lp.policy.head_reads
     if reads is not None:
         always = jnp.minimum(stored, lp.policy.selector.sink + lp.policy.selector.recent)
         return -(-jnp.maximum(reads.entries(lp.policy.selector.read, i, stored), always) // block)
@@ -153,16 +162,45 @@ def block_counts(plan: Plan, i: int, stored: Array) -> Array:
     return jnp.asarray(table)[jnp.clip(stored, 0, longest)]
 
 
+def streamed(plan: Plan, cache: KVCache, i: int) -> Array:
+    """int32 [batch, kv_heads]: slots that heads of layer i would read if all of them streamed."""
+    fill = cache.layers[i].fill
+    return jnp.sum(
+        slots_read(streaming.table(plan, i, fill, _stored(cache, i)), fill, plan.block(i)), axis=-1
+    )
+
+
 def choose(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCache]:
     """Blocks that this step reads: int32 [batch, kv_heads, n], in any order, -1 at the end."""
     i = x.layer
-    selector, layer = plan.layers[i].policy.selector, cache.layers[i]
-    call = _call(plan, cache, x, ahead=True)
+    layer, heads = cache.layers[i], index_layout.retrieving(plan, i)
     own, ours = _own(layer.index)
+    table, every = None, plan.shape.kv_heads
+    if heads:
+        table, own, ours = _chosen(plan, cache, x, own, ours)
+    if len(heads) < every:
+        streamed = streaming.table(plan, i, layer.fill, _stored(cache, i))
+        table = streamed if table is None else streaming.beside(table, streamed, heads, plan.table_width(i))
+    assert table is not None
+    if "reads" in ours:
+        read = jnp.sum(slots_read(table, layer.fill, plan.block(i)), axis=-1)
+        ours["reads"] = read.astype(jnp.int32)
+    return table, _put(plan, cache, i, {**own, **ours})
+
+
+def _chosen(
+    plan: Plan, cache: KVCache, x: AttentionInputs, own: dict[str, Array], ours: dict[str, Array]
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    """(blocks of the heads that the selector chooses for, both parts of the index)."""
+    i, narrow = x.layer, _heads(plan, x.layer)
+    selector = plan.layers[i].policy.selector
+    call = _call(plan, cache, x, ahead=True)
+    total, exact = _stored(cache, i)
+    counts = narrow(block_counts(plan, i, total) - exact // plan.block(i))
 
     def select(own: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         scores, own = selector.score(own, call)
-        return _best(plan, i, scores, layer.fill, _stored(cache, i)), own
+        return _best(plan, i, scores, call.fill, counts), own
 
     if "chosen" not in ours:
         table, own = select(own)
@@ -178,11 +216,8 @@ def choose(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCac
 
         chosen, own = jax.lax.cond(jnp.any(due), again, lambda own: (ours["chosen"], own), own)
         ours["chosen"] = chosen
-        table = _with_newest(plan, i, chosen, layer.fill)
-    block = plan.block(i)
-    read = jnp.sum(slots_read(table, layer.fill, block), axis=-1)
-    ours["reads"] = read.astype(jnp.int32)
-    return table, _put(plan, cache, i, {**own, **ours})
+        table = _with_newest(plan, i, chosen, call.fill)
+    return table, own, ours
 
 
 def _stored(cache: KVCache, i: int) -> tuple[Array, Array]:
@@ -202,18 +237,17 @@ def _forced(plan: Plan, i: int, fill: Array) -> tuple[Array, Array, Array]:
     return jnp.minimum(-(-sink // block), end), jnp.where(recent > 0, first, end), end
 
 
-def _best(plan: Plan, i: int, scores: Array, fill: Array, stored: tuple[Array, Array]) -> Array:
-    """The table of the best blocks, from scores f32 [batch, kv_heads, units]."""
-    block, ratio = plan.block(i), plan.block(i) // plan.layers[i].policy.selector.unit
+def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array) -> Array:
+    """The table of the best blocks, from scores f32 [batch, heads, units]; counts int32 [batch, heads]: how many to read."""
+    ratio = plan.block(i) // plan.layers[i].policy.selector.unit
     if ratio > 1:
         scores = jnp.max(scores.reshape(*scores.shape[:2], -1, ratio), axis=-1)
     number = jnp.arange(scores.shape[2], dtype=jnp.int32)
     sinks, recent, end = (a[..., None] for a in _forced(plan, i, fill))
     scores = jnp.where((number < sinks) | (number >= recent), ALWAYS, scores)
     scores = jnp.where(number < end, scores, NEVER)
-    total, exact = stored
-    count = jnp.maximum(block_counts(plan, i, total) - exact // block, sinks[..., 0] + (end - recent)[..., 0])
-    width = min(plan.choice_width(i), scores.shape[2])
+    count = jnp.maximum(counts, sinks[..., 0] + (end - recent)[..., 0])
+    width = min(index_layout.choice_width(plan, i), scores.shape[2])
     best, table = jax.lax.top_k(scores, width)
     keep = (jnp.arange(width) < count[..., None]) & (best > NEVER)
     return jnp.where(keep, table, -1)  # best first, so what is not kept is at the end
@@ -228,7 +262,7 @@ def ascending(table: Array) -> Array:
 def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:
     """An earlier choice and the blocks of the newest entries, some of which came after it."""
     _, recent, end = (a[..., None] for a in _forced(plan, i, fill))
-    newest = recent + jnp.arange(plan.table_width(i) - chosen.shape[2])
+    newest = recent + jnp.arange(index_layout.late_width(plan, i))
     return ascending(
         jnp.concatenate([jnp.where(chosen < recent, chosen, -1), jnp.where(newest < end, newest, -1)], axis=2)
     )
@@ -291,19 +325,27 @@ def slot_numbers(table: Array, block: int) -> Array:
 def estimate(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> tuple[Array, Array] | None:
     """The selector's partial result over what was not chosen; see `Selector.estimate`."""
     selector, index = plan.layers[x.layer].policy.selector, _own(cache.layers[x.layer].index)[0]
-    if not selector.estimates:
+    heads, kv_heads = index_layout.retrieving(plan, x.layer), plan.shape.kv_heads
+    if not selector.estimates or not heads:
         return None
     ratio = plan.block(x.layer) // selector.unit
     blocks = -(-plan.layers[x.layer].capacity // plan.block(x.layer))
     at = jnp.where(table < 0, blocks, table)
     put = jax.vmap(jax.vmap(lambda n: jnp.zeros((blocks,), bool).at[n].set(True, mode="drop")))
-    chosen = jnp.repeat(put(at), ratio, axis=2)
-    return selector.estimate(index, _call(plan, cache, x), chosen)
+    chosen = jnp.repeat(put(of_heads(at, heads, kv_heads)), ratio, axis=2)
+    found = selector.estimate(index, _call(plan, cache, x), chosen)
+    if found is None:
+        return None
+    return put_heads(found[0], heads, kv_heads), put_heads(found[1], heads, kv_heads, -jnp.inf)
 
 
 def bias(plan: Plan, cache: KVCache, x: AttentionInputs, slots: Array) -> Array:
     """The selector's logit bias f32 [batch, q_heads, n] of slots int32 [batch, kv_heads, n] (-1: unused, 0)."""
     selector, index = plan.layers[x.layer].policy.selector, _own(cache.layers[x.layer].index)[0]
-    found = selector.bias(index, _call(plan, cache, x), slots)
+    heads, kv_heads = index_layout.retrieving(plan, x.layer), plan.shape.kv_heads
+    if not heads:
+        return jnp.zeros((slots.shape[0], x.q.shape[1], slots.shape[2]), jnp.float32)
+    found = selector.bias(index, _call(plan, cache, x), of_heads(slots, heads, kv_heads))
+    found = put_heads(found, heads, kv_heads)
     used = jnp.repeat(slots >= 0, x.q.shape[1] // slots.shape[1], axis=1)
     return jnp.where(used, found, 0.0)

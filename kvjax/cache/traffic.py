@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from kvjax.arrays import itembits, nbytes
-from kvjax.cache import disk, selecting
+from kvjax.cache import disk, index_layout, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache
 from kvjax.sharding import to_host
@@ -45,19 +45,13 @@ def _layer_bytes(plan: Plan, cache: KVCache, i: int) -> float:
     selector = policy.selector
     if selector is None:
         return total + float(stored.sum()) * slot
-    specs = {
-        n: s
-        for n, s in plan.index_specs(i).items()
-        if n not in selecting.FRAMEWORK and not n.startswith("held.")
-    }
     filled = float(stored.sum()) / max(1, stored.size * lp.capacity)
-    slots = lp.capacity
-    scanned = selector.scanned(specs, slots, plan.batch, shape) * min(1.0, filled)
-    read = to_host(layer.index["reads"]).astype(np.int64)
-    planned = np.vectorize(selector.entries, otypes=[np.int64])(stored)
-    block = plan.block(i)
-    planned = np.minimum(stored, -(-planned // block) * block)
-    read = np.where(read > 0, read, planned)
+    scanned = index_layout.scanned(plan, i) * min(1.0, filled)
+    if index_layout.retrieving(plan, i):
+        last = to_host(layer.index["reads"]).astype(np.int64)
+        read = np.where(last > 0, last, index_layout.planned(plan, i, stored))
+    else:
+        read = to_host(selecting.streamed(plan, cache, i)).astype(np.int64)
     shared = selector.interval if not selector.triggered else 1
     return total + float(read.sum()) * slot + scanned / shared
 

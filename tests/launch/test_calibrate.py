@@ -14,9 +14,9 @@ from kvjax.codecs.calibrate_capture import capture
 from kvjax.policies import calibration, parse
 from kvjax.policies.head_scores import SHIPPED
 from launch import calibrate, cli
-from launch.calibration import codecs, duo, heads, keys, queries, samples
+from launch.calibration import codecs, duo, heads, keys, queries, reads, samples
 from launch.session import define_model_flags, open_session
-from models.decoder import causal_attend
+from models.decoder import causal_attend, masked_attention
 
 MODEL = "kvref-draft-2m"
 
@@ -120,6 +120,51 @@ def test_gates_of_one_give_the_full_model_and_training_lowers_them():
     assert np.abs(np.asarray(run(duo.gated(0 * ones, 4, 16))) - full).max() > 1e-2
     got = duo.gates(session(), 3, 320, lambda n: None, sink=4, recent=16)["duo"]
     assert got.shape == ones.shape and (got <= 1).all() and (got >= 0.9).all() and got.min() < 0.99
+
+
+def test_reading_scores_are_divergences_of_restricted_answers():
+    """KL in float64 of one forward pass over prompt and answer, in which one head's answer rows see little."""
+    prompt, answer = samples.plain(session(), 150, 0), samples.plain(session(), 20, 1)
+    shape, (lm, params) = session().lm.shape, (session().lm, session().model.params)
+    tokens, positions = samples.padded(prompt + answer, len(prompt + answer))
+    near = max(reads.WINDOW * len(prompt), 1.0)
+
+    def attend(streamed):
+        def fn(x, cache):
+            at, pos = x.positions[0][:, None], x.positions[0]
+            few = (pos < reads.SINK) | (pos > at - near) | (at < len(prompt))
+            seen = (pos <= at) & (few[None] | (jnp.arange(x.k.shape[1]) != streamed[1])[:, None, None])
+            return masked_attention(
+                x, x.k, x.v, (seen if x.layer == streamed[0] else pos <= at)[None, :, None]
+            )
+
+        return lambda x, cache: (
+            fn(x, cache) if x.layer == streamed[0] else causal_attend(x, cache)[0],
+            cache,
+        )
+
+    def log_probs(streamed):
+        out = np.asarray(
+            lm.logits(params, lm.hidden(params, tokens, positions, (), attend(streamed))[0]), np.float64
+        )
+        out = out[0, len(prompt) :]
+        return out - np.logaddexp.reduce(out, axis=-1, keepdims=True)
+
+    want = log_probs((-1, 0))
+    held = heads.collect(lm, params, *samples.padded(prompt, 192), reads._keys_values)
+    given, at = samples.padded(answer, 64)
+    at = np.where(at >= 0, at + len(prompt), -1)
+    full = np.ones((3, shape.layers, shape.kv_heads), bool)
+    full[1, 0, 0] = full[2, shape.layers - 1, shape.kv_heads - 1] = False
+    got = np.asarray(reads.divergences(lm, params, held, given, at, np.int32(len(prompt)), full))
+    for i, streamed in ((1, (0, 0)), (2, (shape.layers - 1, shape.kv_heads - 1))):
+        kl = (np.exp(want) * (want - log_probs(streamed))).sum(-1).mean()
+        np.testing.assert_allclose(got[i], kl, rtol=1e-3, atol=1e-6)
+        assert kl > 1e-5
+    assert abs(got[0]) < 1e-6
+    score = reads.reading(session(), 1, 704, lambda n: None)["reading"]
+    assert score.shape == full.shape[1:] and len(np.unique(score)) > 1
+    assert (score >= 0).all()
 
 
 def test_the_command_writes_a_file_that_only_its_model_accepts(tmp_path, capsys):

@@ -149,8 +149,12 @@ class RefinedCodes(ProductCodes):
     def scanned(self, specs: dict[str, ArraySpec], slots: int, batch: int, shape: ModelShape) -> float:
         """Everything but the fine codes outside the shortlist, and calibrated books once for all rows."""
         fine = nbytes({"fine": specs["fine"]}) * (1 - self.most(slots) / slots)
-        const = sum(x.nbytes for x in self.constants(0, shape).values())
-        return float(nbytes(specs)) - fine + const
+        return float(nbytes(specs)) - fine + (self._constant_bytes(shape) if self.file else 0)
+
+    def _constant_bytes(self, shape: ModelShape) -> int:
+        """Of turn, its inverse, mean (float32) and both books (float16) of a layer's heads."""
+        d, words = shape.head_dim, 2**self.bits + 2**self.fine_bits
+        return shape.kv_heads * (4 * (2 * d * d + d) + 2 * d * words)
 
 
 def _cap(logits: Array, call: Call) -> Array:
