@@ -7,6 +7,7 @@ the link is timed by gathers in the same run.
 
     python tools/device_offload.py --out=tokens_device.npy
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.04 python tools/device_offload.py --capped --out=tokens_capped.npy
+    python tools/device_offload.py --disk=DIR
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import attend, compress
+from kvjax import arrays, attend, compress
 from kvjax import policies as P
-from kvjax.cache import ops, placing, traffic
+from kvjax.cache import disk as files
+from kvjax.cache import ops, paging, placing, traffic
 from kvjax.cache.pinned import device_view
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import View
@@ -46,8 +48,8 @@ def model(layers: int) -> DecoderLM:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def fill_layer(plan: Plan, i: int, key: jax.Array):
-    """(layer, pool) of layer i with random entries, stored as a prefill stores them."""
+def fill_layer(plan: Plan, i: int, key: jax.Array, disk):
+    """(layer, pool) of layer i with random entries, stored as a prefill stores them; disk: of `KVCache`."""
     shape, batch = plan.shape, plan.batch
     size = (batch, shape.kv_heads, plan.prompt, shape.head_dim)
     k, v = (jax.random.normal(x, size, shape.dtype) for x in jax.random.split(key))
@@ -55,7 +57,7 @@ def fill_layer(plan: Plan, i: int, key: jax.Array):
     inv_freq = 500000.0 ** (-jnp.arange(shape.head_dim // 2) / (shape.head_dim // 2))
     q = jnp.zeros((batch, shape.q_heads, plan.prompt, shape.head_dim), shape.dtype)
     x = AttentionInputs(q, k, v, positions, inv_freq=inv_freq, layer=i, scale=shape.head_dim**-0.5)
-    cache = ops.empty(plan)
+    cache = arrays.init(plan.specs()).replace(disk=disk)
     pos = jnp.broadcast_to(positions[:, None], size[:3])
     entries = View({"k": k, "v": v}, pos, {})
     obs = attend.observation(plan, x, cache, k, v, pos, prefilling=True)
@@ -69,15 +71,16 @@ def fill(plan: Plan):
     """(cache without its host part, host part or None, seconds)."""
     start = time.time()
     layers, pools = [], []
+    disk = jax.jit(lambda: paging.open_files(plan, arrays.init(plan.specs())).disk)()
     for i in range(plan.shape.layers):
-        layer, pool = jax.block_until_ready(fill_layer(plan, i, jax.random.key(i)))
+        layer, pool = jax.block_until_ready(fill_layer(plan, i, jax.random.key(i), disk))
         host = None if pool.host is None else jax.tree.map(device_view, pool.host)
         layers.append(layer)
         pools.append(pool.replace(host=host))
     empty = jax.eval_shape(lambda: ops.empty(plan))
     rows = {n: jnp.full((plan.batch,), plan.prompt, jnp.int32) for n in ("length", "next_position")}
     rest = {n: jnp.zeros((plan.batch,), jnp.int32) for n in ("expected", "compressed")}
-    cache = empty.replace(layers=tuple(layers), pools=tuple(pools), **rows, **rest)
+    cache = empty.replace(layers=tuple(layers), pools=tuple(pools), disk=disk, **rows, **rest)
     if not placing.offloads(plan):
         return cache, None, time.time() - start
     return *placing.detach(cache), time.time() - start
@@ -132,7 +135,7 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
 
     for _ in range(2):
         state = steps(state, host, "offloaded")
-    if host is not None and not capped:
+    if host is not None and not capped and not plan.on_disk:
         copies = jax.block_until_ready(jax.tree.map(_copy, host))
         row_error = logit_error(lm, plan, params, state.cache, host, copies)
         state = steps(state, copies, "resident")
@@ -144,6 +147,7 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
         "policy": policy.name, "batch": batch, "context": context, "layers": lm.shape.layers,
         "step_us": round(step * 1e6, 1), "tokens_per_s": round(batch / step, 1),
         "device_cache": plan.device_nbytes(), "host_cache": plan.host_nbytes(), "moved_bytes": moved,
+        "disk_cache": plan.disk_nbytes(), "disk_bytes": traffic.disk_bytes(plan, state.cache),
         "transfer_us": round(moved / rate * 1e6, 1), "read_fraction": round(traffic.read_fraction(plan, state.cache), 4),
         "peak_bytes": stats.get("peak_bytes_in_use"), "limit_bytes": stats.get("bytes_limit"),
         "fill_s": round(filled, 1), "first_call_s": round(times["offloaded"][0] * STEPS, 1), "at": round(time.time() - START, 1),
@@ -152,6 +156,9 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
         row["max_logit_error"] = row_error
         row["resident_us"] = round(times["resident"][-1] * 1e6, 1)
         row["hidden"] = round(1 - (step - times["resident"][-1]) * rate / moved, 3) if moved else None
+    if plan.on_disk:
+        row["errors"] = len(files.store(state.cache.disk.handle).failed)
+        files.close(state.cache.disk.handle)
     return row, np.asarray(state.tokens)
 
 
@@ -164,6 +171,9 @@ def main() -> None:
         "--capped", action="store_true", help="only the case that is to fit the capped memory"
     )
     parser.add_argument("--out")
+    parser.add_argument(
+        "--disk", help="a directory: also time pages on disk, with and without pages in host memory"
+    )
     args = parser.parse_args()
     lm = model(args.layers)
     params = model_params.init_params(lm.config, jax.random.key(100), "bfloat16")
@@ -182,6 +192,9 @@ def main() -> None:
     cases = [(spec, args.batch) for spec in first]
     if not args.capped:
         cases += [("shadowkv(read=1024)", args.batch), ("shadowkv(read=1024)", 1)]
+    if args.disk:
+        near = ("memory=0", f"memory={1 << 36}")
+        cases += [(f"{quest} | offload(disk={args.disk!r}, {memory})", args.batch) for memory in near]
     for spec, batch in cases:
         try:
             row, tokens = run(lm, params, spec, batch, rate, args.context, args.capped)
