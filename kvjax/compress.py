@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kvjax.cache import deferred, ops, paging, selecting
+from kvjax.cache import cascade, deferred, ops, paging, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, View
 from kvjax.policies.base import Policy, Tokens
@@ -99,6 +99,8 @@ def keep_best(
         cache = cache.replace(compressed=length)
     if compress and lp.shares_pool and fresh and policy.allocator.ahead:
         return _compact_now(plan, cache, Pending(entries, scores, obs))
+    if compress and fresh and cascade.applies(plan, i):
+        return _cascade(plan, cache, obs, entries, scores)
     if compress and lp.shares_pool:
         with jax.named_scope("allocate"):
             stats = policy.allocator.measure(obs, scores)
@@ -136,6 +138,24 @@ def _compact_now(plan: Plan, cache: KVCache, pending: Pending) -> KVCache:
     pool = None if obs.layer == sharing[0] else cache.pools[plan.layers[obs.layer].pool]
     cache, page = _compact(plan, cache, pending, count, limit, pool, page)
     return cache.replace(counts=(found, page))
+
+
+def _cascade(plan: Plan, cache: KVCache, obs: Observation, entries: View, scores: Array) -> KVCache:
+    """Store a layer of a shared pool at once; the layers before it give up what the budget no longer leaves them."""
+    valid, policy, layers = entries.pos >= 0, plan.layers[obs.layer].policy, cascade.sharing(plan)
+    stats, before = ((), ()) if cache.cascade is None else cache.cascade
+    with jax.named_scope("allocate"):
+        # In a fresh prompt all layers hold the same positions, and scores tell only what is protected.
+        keep = policy.keep_counts(jnp.maximum(tokens_seen(cache, obs), cache.expected), plan.prompt)
+        stats, n = (*stats, policy.allocator.measure(obs, scores)), len(stats) + 1
+        counts = policy.allocator.cascade_counts([scores] * n, [valid] * n, keep, len(layers), stats)
+        counts = [_unless_idle(obs, c, valid) for c in counts]
+        counts = [*(jnp.minimum(c, b) for c, b in zip(counts, before)), counts[-1]]
+        limits = [_limit(plan, i, c, obs.length) for i, c in zip(layers, counts)]
+    held = [jnp.minimum(c, plan.layers[i].keep_capacity) for i, c in zip(layers, counts)]
+    with jax.named_scope("compact"):
+        cache = cascade.add(plan, cache, obs.layer, entries, scores, held, limits)
+    return cache.replace(cascade=(stats, tuple(counts)))
 
 
 def _share(policy: Policy, cache: KVCache, i: int, scores: Array) -> tuple[KVCache, Array]:
@@ -312,6 +332,9 @@ def finish(plan: Plan, cache: KVCache, positions: Array) -> KVCache:
     positions int32 [batch, tokens], -1 = padding.
     """
     new = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    if cache.cascade is not None:
+        with jax.named_scope("compact"):
+            cache = cascade.close(plan, cache)
     if cache.pending:
         pending = cache.pending
         policy, length = plan.layers[pending[0].obs.layer].policy, pending[0].obs.length

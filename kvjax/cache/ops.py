@@ -190,6 +190,14 @@ def rebuild(
     return cache.put(i, layer, lp.pool, fill_pages(plan, i, layer, pool, new, count)), end
 
 
+def pages_for(plan: Plan, i: int, entries: Array) -> Array:
+    """Pages int32 [batch, kv_heads] that heads of layer i need for `entries`, likewise, and what they may append."""
+    lp, codec = plan.layers[i], plan.layers[i].policy.codec
+    room = entries + (lp.policy.interval if lp.policy.evict_decode else plan.reserve)
+    room = jnp.minimum(codec.encoded(room) if codec.deferred else room, lp.capacity)
+    return -(-room // plan.page(lp.policy))
+
+
 def hand_out_pages(
     plan: Plan, i: int, layer: Layer, pool: Pool, entries: Array, first_page: Array | int
 ) -> tuple[Layer, Array]:
@@ -197,10 +205,7 @@ def hand_out_pages(
 
     Returns the layer and the first page still free.
     """
-    lp, codec = plan.layers[i], plan.layers[i].policy.codec
-    room = entries + (lp.policy.interval if lp.policy.evict_decode else plan.reserve)
-    room = jnp.minimum(codec.encoded(room) if codec.deferred else room, lp.capacity)
-    each = -(-room // plan.page(lp.policy))  # pages per head, int32 [batch, kv_heads]
+    each = pages_for(plan, i, entries)
     ends = first_page + jnp.cumsum(each.reshape(-1)).reshape(each.shape)
     number, pages = jnp.arange(layer.table.shape[2]), next(iter(pool.store.values())).shape[0]
     table = jnp.where(number < each[..., None], (ends - each)[..., None] + number, -1)

@@ -77,6 +77,9 @@ class Allocator:
     ahead: ClassVar[bool] = False
     """For scope 'model': the counts of all layers follow from the lengths and from what is protected, so that the
     layers of a whole prompt need not wait for the last; `measure` then reads nothing of an observation but its layer."""
+    cascades: ClassVar[bool] = False
+    """For scope 'model': the first layers can divide the whole budget among themselves, each losing as others come
+    (`cascade_counts`), so that the layers of a whole prompt need not wait for the last."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Observation fields that `measure` uses; see `Scorer.needs`."""
 
@@ -125,6 +128,12 @@ class Allocator:
         mean entries per KV head over all layers, which the counts must not exceed. stats: from `measure`.
         """
         return [self.counts(s, v, keep, i) for i, (s, v) in enumerate(zip(scores, valid))]
+
+    def cascade_counts(
+        self, scores: Sequence[Array], valid: Sequence[Array], keep: Array, layers: int, stats: Sequence[Any]
+    ) -> list[Array]:
+        """`model_counts` of the first layers, which share the budget of all `layers` layers."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

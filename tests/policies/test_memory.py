@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 import kvjax.policies as P
+from kvjax import attend
+from kvjax.arrays import nbytes
+from kvjax.cache import cascade, ops
 from kvjax.cache.plan import Plan
+from kvjax.compress import finish
 from kvjax.generation import engine
 from kvjax.policies.registry import build, lookup
 from tests.toy import Toy, ragged
@@ -65,3 +69,64 @@ def test_layers_that_need_not_wait_keep_what_they_would_keep(name, monkeypatch):
     assert jax.tree.structure(early) == jax.tree.structure(late)
     for x, y in zip(jax.tree.leaves(early), jax.tree.leaves(late)):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "spec", ["cake(window=4, kernel=3)", "cake(window=4, kernel=3, budget=20, evict_decode=False)"]
+)
+def test_a_cascade_keeps_what_one_division_keeps(spec, monkeypatch):
+    """Layer by layer and at once: the same counts and entries but for one of rounding a layer, in time order."""
+    lm = Toy(layers=4)
+    plan = Plan(P.parse(spec), lm.shape, 3, 40, 8, page_size=4)
+    tokens, positions = ragged((40, 29, 17), 40)
+    run = lambda: engine.prefill.__wrapped__(lm, plan, lm.init(), tokens, positions)  # noqa: E731
+    assert cascade.applies(plan, 0)
+    logits, early = jax.jit(lambda: run())()
+    monkeypatch.setattr(type(plan.policy.allocator), "cascades", False)
+    want, late = jax.jit(lambda: run())()
+    np.testing.assert_array_equal(logits, want)
+    taken = np.concatenate([np.asarray(x.table).ravel() for x in early.layers])
+    taken = taken[taken >= 0]
+    assert len(set(taken)) == len(taken) <= early.pools[0].pos.shape[0]
+    sizes = []
+    for i in range(4):
+        a, b = ops.view(plan, early, i), ops.view(plan, late, i)
+        for row, h in np.ndindex(3, 2):
+            got, at = (np.asarray(x.pos)[row, h] for x in (a, b))
+            got, at = got[got >= 0], at[at >= 0]
+            assert (np.diff(got) > 0).all() and len(set(got) ^ set(at)) <= 1 and len(got) <= len(at)
+            same = np.isin(at, got)
+            for n in "kv":
+                x, y = (np.asarray(z.store[n])[row, h] for z in (a, b))
+                np.testing.assert_array_equal(x[: len(got)], y[: len(at)][same])
+            sizes.append(len(got))
+    sizes = np.array(sizes).reshape(4, 3, 2)
+    assert (sizes[:, 0] != sizes[0, 0]).any()  # layers differ
+
+
+def held(plan, lm):
+    """Bytes of the cache, with what waits in it, as each layer of a prompt hands it on."""
+    sizes, tokens = [], jax.ShapeDtypeStruct((plan.batch, plan.prompt), jnp.int32)
+    whole = attend.prefill(plan, fresh=True)
+
+    def counted(x, cache):
+        out, cache = whole(x, cache)
+        sizes.append(nbytes(cache))
+        return out, cache
+
+    def run(params, tokens):
+        _, cache = lm.hidden(params, tokens, tokens, ops.empty(plan), counted)
+        return finish(plan, cache, tokens)
+
+    jax.eval_shape(run, jax.eval_shape(lm.init), tokens)
+    return sizes
+
+
+def test_a_cascade_holds_the_budget_after_every_layer(monkeypatch):
+    """Eight layers and a twentieth kept: never more than the final cache; with one division, every layer waits."""
+    lm = Toy(layers=8, q_heads=6, kv_heads=2, head_dim=64)
+    plan = Plan(P.parse("cake(budget=0.05)"), lm.shape, BATCH, TOKENS, 64)
+    most = plan.nbytes() + 2**14  # counts and statistics of a layer
+    assert max(held(plan, lm)) <= most < 0.6 * ENTRIES
+    monkeypatch.setattr(type(plan.policy.allocator), "cascades", False)
+    assert held(plan, lm)[-1] > 8 * ENTRIES

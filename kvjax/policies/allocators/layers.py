@@ -77,7 +77,12 @@ class Preference(LayerCompetition):
     tau1: float = 1.0
     tau2: float = 1.0
     ceiling: int | None = None
+    cascades: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
+
+    def cascade_counts(self, scores, valid, keep, layers, stats) -> list[Array]:
+        """int32 [batch, kv_heads] a layer."""
+        return split_layers(list(stats), scores, valid, keep, layers=layers)
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """What the ceiling allows; layers that wait for the last hold no more candidates than that."""

@@ -59,17 +59,23 @@ def count(mask: Array) -> Array:
 
 
 def split_layers(
-    weights: list[Array], scores, valid, keep: Array, low: list[Array] | None = None
+    weights: list[Array],
+    scores,
+    valid,
+    keep: Array,
+    low: list[Array] | None = None,
+    layers: int | None = None,
 ) -> list[Array]:
     """Counts int32 [batch, kv_heads] of every layer, all heads of a layer alike, from weights [batch] a layer.
 
     The protected entries come first and are equal in every layer; the rest of `keep` per layer is spread by
-    weight. low: least entries of each layer besides the protected ones, int32 [batch].
+    weight. low: least entries of each layer besides the protected ones, int32 [batch]. layers: how many layers the budget
+    is for, if these are only some of them.
     """
     held = [jnp.max(count(v), axis=1) for v in valid]
     fixed = [jnp.minimum(jnp.max(count(protected(s)), axis=1), keep) for s in scores]
     high = jnp.stack(held, axis=1) - jnp.stack(fixed, axis=1)
-    total = len(scores) * keep - sum(fixed)
+    total = (len(scores) if layers is None else layers) * keep - sum(fixed)
     floor = jnp.zeros_like(high) if low is None else jnp.stack(low, axis=1)
     share = spread(jnp.stack(weights, axis=1), total, floor, jnp.maximum(high, 0)) + jnp.stack(fixed, axis=1)
     return [jnp.minimum(share[:, i : i + 1], count(v)) for i, v in enumerate(valid)]

@@ -26,10 +26,11 @@ def cake(
     """Layers share the budget by how dispersed and how changing their attention is; entries by mean and variance.
 
     P_l = H^(1/tau1) V^(1/tau2) of the window's attention (entropy, variance over queries); b_l in proportion.
-    score = avgpool_kernel( mean_i A + gamma Var_i A ), mean over the group. The authors shrink earlier layers again
-    after each layer (cascading); here layers wait and are cut once, after the last, which keeps the same entries up to
-    rounding. ceiling=c bounds what waits: no layer holds or keeps more than c times the mean (chunked prefill bounds
-    it as well). Decoding evicts by the attention of the new query.
+    score = avgpool_kernel( mean_i A + gamma Var_i A ), mean over the group. A whole prompt cascades as the authors' does:
+    the layers so far share the budget of all, and every new layer shrinks those before it, so that no more than the
+    budget and one layer is ever held. Chunks of a prompt, codecs of groups, selectors and rerotate wait for the last layer
+    instead, which keeps the same entries up to rounding; ceiling=c then bounds what waits: no layer holds or keeps more
+    than c times the mean. Decoding evicts by the attention of the new query.
     """
     if window < 2 or kernel < 1 or kernel % 2 == 0:
         raise ValueError(
