@@ -143,19 +143,20 @@ def _compact_now(plan: Plan, cache: KVCache, pending: Pending) -> KVCache:
 def _cascade(plan: Plan, cache: KVCache, obs: Observation, entries: View, scores: Array) -> KVCache:
     """Store a layer of a shared pool at once; the layers before it give up what the budget no longer leaves them."""
     valid, policy, layers = entries.pos >= 0, plan.layers[obs.layer].policy, cascade.sharing(plan)
-    stats, before = ((), ()) if cache.cascade is None else cache.cascade
+    before = cache.cascade
     with jax.named_scope("allocate"):
         # In a fresh prompt all layers hold the same positions, and scores tell only what is protected.
         keep = policy.keep_counts(jnp.maximum(tokens_seen(cache, obs), cache.expected), plan.prompt)
-        stats, n = (*stats, policy.allocator.measure(obs, scores)), len(stats) + 1
-        counts = policy.allocator.cascade_counts([scores] * n, [valid] * n, keep, len(layers), stats)
-        counts = [_unless_idle(obs, c, valid) for c in counts]
-        counts = [*(jnp.minimum(c, b) for c, b in zip(counts, before)), counts[-1]]
-        limits = [_limit(plan, i, c, obs.length) for i, c in zip(layers, counts)]
-    held = [jnp.minimum(c, plan.layers[i].keep_capacity) for i, c in zip(layers, counts)]
+        stats = (*(() if before is None else before.stats), policy.allocator.measure(obs, scores))
+        n = len(stats)
+        found = policy.allocator.cascade_counts([scores] * n, [valid] * n, keep, len(layers), stats)
+        counts = jnp.stack([_unless_idle(obs, c, valid) for c in found])
+        if before is not None:
+            counts = counts.at[:-1].min(before.counts)
+        limits = _limit(plan, obs.layer, counts, obs.length)
+    now = cascade.Cascade(stats, counts, limits, None if before is None else before.tables)
     with jax.named_scope("compact"):
-        cache = cascade.add(plan, cache, obs.layer, entries, scores, held, limits)
-    return cache.replace(cascade=(stats, tuple(counts)))
+        return cascade.add(plan, cache, obs.layer, entries, scores, now)
 
 
 def _share(policy: Policy, cache: KVCache, i: int, scores: Array) -> tuple[KVCache, Array]:

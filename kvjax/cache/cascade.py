@@ -8,10 +8,11 @@ grow, and those after the last layer are what a single division gives, but for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from kvjax.cache import ops
 from kvjax.cache.plan import Plan
@@ -35,46 +36,52 @@ def applies(plan: Plan, i: int) -> bool:
     return lp.shares_pool and policy.allocator.cascades and alone and simple
 
 
-def add(
-    plan: Plan,
-    cache: KVCache,
-    i: int,
-    entries: View,
-    scores: Array,
-    counts: Sequence[Array],
-    limits: Sequence[Array],
-) -> KVCache:
-    """Store layer i, the last of those that `counts` and `limits` int32 [batch, kv_heads] are for, and shrink the others.
+@struct.dataclass
+class Cascade:
+    """What is known of the layers so far, within one call; n of them."""
+
+    stats: tuple[Any, ...]  # what the allocator measured of each
+    counts: Array  # int32 [n, batch, kv_heads] entries that the budget leaves them now
+    limits: Array  # int32 [n, batch, kv_heads] `Layer.limit`
+    tables: Array | None  # int32 [n, batch, kv_heads, pages per head] `Layer.table`
+
+    def held(self, plan: Plan, i: int) -> Array:
+        """int32 [n, batch, kv_heads]: entries that they hold."""
+        return jnp.minimum(self.counts, plan.layers[i].keep_capacity)
+
+
+def add(plan: Plan, cache: KVCache, i: int, entries: View, scores: Array, now: Cascade) -> KVCache:
+    """Store layer i, the last of those that `now` counts, and shrink the others; `now.tables` are of those, if any.
 
     scores f32 [batch, kv_heads, slots] of the new layer's entries, protected, -inf where there is none.
     """
-    layers = sharing(plan)[: len(counts)]
-    pages = next(iter(cache.pools[plan.layers[i].pool].store.values())).shape[0]
-    used = jnp.zeros(pages, bool)
-    for m, count, limit in zip(layers, counts, limits):
-        layer, j = cache.layers[m], plan.layers[m].pool
-        number = jnp.arange(layer.table.shape[2])
-        each = ops.pages_for(plan, m, jnp.maximum(limit, count))
-        if m == i:
-            free = jnp.nonzero(~used, size=pages, fill_value=pages)[0]
-            begin = jnp.cumsum(each.reshape(-1)).reshape(each.shape) - each
-            source = jnp.minimum(begin[..., None] + number, pages - 1)
-            table = jnp.where(number < each[..., None], free[source], -1)
-            table = jnp.where(table < pages, table, -1).astype(jnp.int32)
-        else:
-            table = jnp.where(number < each[..., None], layer.table, -1)
-            used = used.at[jnp.where(table < 0, pages, table)].set(True, mode="drop")
-        layer = layer.replace(table=table, fill=count, next_slot=count, limit=limit)
-        cache = cache.put(m, layer, j, cache.pools[j])
+    layer, j, held = cache.layers[i], plan.layers[i].pool, now.held(plan, i)
+    pages = next(iter(cache.pools[j].store.values())).shape[0]
+    number = jnp.arange(layer.table.shape[2])
+    need = number < ops.pages_for(plan, i, jnp.maximum(now.limits, held))[..., None]
+    tables = jnp.zeros((0, *layer.table.shape), jnp.int32) if now.tables is None else now.tables
+    tables = jnp.where(need[:-1], tables, -1)
+    used = jnp.zeros(pages, bool).at[jnp.where(tables < 0, pages, tables)].set(True, mode="drop")
+    free = jnp.nonzero(~used, size=pages, fill_value=pages)[0].astype(jnp.int32)
+    rank = jnp.cumsum(need[-1].reshape(-1), dtype=jnp.int32).reshape(layer.table.shape) - 1
+    table = jnp.where(need[-1] & (rank < pages), free[jnp.minimum(rank, pages - 1)], -1)
+    table = jnp.where(table < pages, table, -1)
+    layer = layer.replace(table=table, fill=held[-1], next_slot=held[-1], limit=now.limits[-1])
+    cache = cache.put(i, layer, j, cache.pools[j])
     slots = scores.shape[2]
     best, order = jax.lax.top_k(scores, min(slots, plan.layers[i].keep_capacity))
     order = jnp.where(best > -jnp.inf, order, slots)
-    return _put(plan, cache, i, entries, order)
+    now = now.replace(tables=jnp.concatenate([tables, table[None]]))
+    return _put(plan, cache, i, entries, order).replace(cascade=now)
 
 
 def close(plan: Plan, cache: KVCache) -> KVCache:
     """The cache once the last layer has come: entries of every layer in time order."""
-    for i in sharing(plan):
+    now = cache.cascade
+    for n, i in enumerate(sharing(plan)):
+        held, j = now.held(plan, i)[n], plan.layers[i].pool
+        layer = cache.layers[i].replace(table=now.tables[n], fill=held, next_slot=held, limit=now.limits[n])
+        cache = cache.put(i, layer, j, cache.pools[j])
         seen = ops.view(plan, cache, i)
         cache = _put(plan, cache, i, seen, time_order(seen.pos))
     return cache.replace(cascade=None)

@@ -103,7 +103,7 @@ class KVCache:
     ahead: Any = None  # [batch, q_heads, 1, head_dim] this layer's queries as the layer before foresaw them
     shared: Any = None  # scores of the first layer of a group that reuses them
     counts: Any = None  # ({layer: counts int32 [batch, kv_heads]}, first free page), for allocators that know them ahead
-    cascade: Any = None  # (stats, counts int32 [batch, kv_heads]) of the layers so far: `kvjax.cache.cascade`
+    cascade: Any = None  # the layers so far of those that compete: `kvjax.cache.cascade`
     moved: Any = None  # int32 [batch] next position after keys were re-rotated in this call
 
     def put(self, i: int, layer: Layer, j: int, pool: Any) -> KVCache:
