@@ -350,7 +350,7 @@ def test_headkv_shares_a_pool_by_importance():
 def test_roles_are_kvpress_roles(sparsity):
     table = tuple(tuple(float(x) for x in row) for row in FIXTURE["duo/scores"])
     allocator = heads.HeadRoles(table, streaming=12, full=1 - sparsity)
-    streaming = allocator.rank >= allocator._fixed
+    streaming = allocator.rank >= allocator.full_heads
     np.testing.assert_array_equal(streaming, FIXTURE[f"duo/{sparsity}"])
 
 
