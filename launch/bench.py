@@ -1,7 +1,7 @@
 """Measure kernels and generation on this machine, own implementations beside the peers that are installed.
 
 Suites: decode_attention, prefill_attention, observation (kernels), selection (one layer's step), sparse_prefill,
-shared_prefix (one layer's attention), generate, policies (whole steps). A CPU runs small sizes through XLA. Rows: name,
+shared_prefix (one layer's attention), generate, policies, codecs (whole steps). A CPU runs small sizes through XLA. Rows: name,
 shape, dtype, implementation, us, gb_per_s, tflop_per_s, fraction_of_copy, where the copy is a large device-to-device copy
 measured first, bytes read plus bytes written.
 """
@@ -33,6 +33,7 @@ SUITES = {
     "observation": "observation",
     "generate": "generate",
     "policies": "policies",
+    "codecs": "codecs",
     "selection": "selection",
     "sparse_prefill": "sparse_prefill",
     "shared_prefix": "shared_prefix",

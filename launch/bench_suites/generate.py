@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from models import zoo
 from models.lm import DecoderLM
 
 Row = dict[str, Any]
+Fill = Callable[[Plan, jax.Array], KVCache]
 
 MODEL_LAYERS = 32
 LAYERS = 8
@@ -97,11 +98,23 @@ class Loop:
         )
         jax.block_until_ready(self.state)
 
+    def seconds(self) -> float:
+        """Of one step: the median of three runs."""
+        self.run(4)
+        spans = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.run(_STEPS)
+            spans.append((time.perf_counter() - start) / _STEPS)
+        return float(np.median(spans))
 
-def open_loop(lm: DecoderLM, params: Any, spec: str, batch: int, context: int) -> Loop:
-    """A loop whose rows hold `context` random tokens each."""
+
+def open_loop(
+    lm: DecoderLM, params: Any, spec: str, batch: int, context: int, fill: Fill | None = None
+) -> Loop:
+    """A loop whose rows hold `context` random tokens each; `fill` makes the cache, `filled` by default."""
     plan = Plan(policies.parse(spec), lm.shape, batch, context, _ROOM, page_size=64)
-    cache = filled(plan, jax.random.key(1))
+    cache = (fill or filled)(plan, jax.random.key(1))
     settings = batch_sampling([Sampling()] * batch)
     stop, limit = jnp.full((1,), -1, jnp.int32), jnp.full((batch,), _ROOM, jnp.int32)
     logits = jnp.zeros((batch, lm.config.vocab_size), jnp.float32)
@@ -114,13 +127,7 @@ def measure(lm: DecoderLM, params: Any, spec: str, batch: int, context: int, hea
     loop = open_loop(lm, params, spec, batch, context)
     moved = traffic.read_bytes(loop.plan, loop.state.cache)
     weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params.embedding.nbytes
-    loop.run(4)
-    spans = []
-    for _ in range(3):
-        start = time.perf_counter()
-        loop.run(_STEPS)
-        spans.append((time.perf_counter() - start) / _STEPS)
-    seconds = float(np.median(spans))
+    seconds = loop.seconds()
     shape = (batch, context, lm.shape.layers)
     row = timing.row("decode step", shape, lm.shape.dtype, spec, seconds, moved=moved + weights)
     row["head_us"] = head_s * 1e6

@@ -7,7 +7,7 @@ import pytest
 
 from kvjax import policies
 from kvjax.cache.plan import Plan
-from launch.bench_suites import generate
+from launch.bench_suites import codecs, generate
 from launch.bench_suites import policies as suite
 from models import params as model_params
 
@@ -53,3 +53,14 @@ def test_policy_rows_time_the_cache_that_prefill_would_leave(small):
     row = suite.chunked(lm, params, "keydiff(budget=32)", 256, 64)
     capacity = 32 + suite._RESERVE
     assert row["cache_bytes"] == pytest.approx(2 * 2 * 2 * capacity * (128 * 4 + 2), rel=0.05)
+
+
+def test_codec_rows_say_what_reads_the_codes(small, monkeypatch):
+    monkeypatch.setattr(generate, "_STEPS", 2)
+    lm, params = small
+    got = {s: codecs.measure(lm, params, s, 1, 64) for s in ("full", "int8", "int4(group=16, residual=16)")}
+    assert [row["attention"] for row in got.values()] == ["kernel", "kernel", "blocked"]
+    full, eight, four = (row["cache_bytes"] for row in got.values())
+    assert four < eight < 0.3 * full  # float32 here
+    for spec in codecs.SPECS:
+        Plan(policies.parse(spec), codecs.model("bfloat16").shape, 1, 64, 16)  # refuses files of other shapes
