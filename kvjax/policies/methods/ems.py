@@ -25,7 +25,8 @@ def ems(
 
     score = max(local, global * sum local / sum global), see GlobalLocal; merging by cosine of post-RoPE keys with
     weights in proportion to the scores, see EvictThenMerge. threshold > 1 is pure eviction, -1 merges every candidate.
-    No code was published; the combination follows the abstract and the formulas of the paper as far as known.
+    No code was published; the combination follows the abstract and the formulas of the paper as far as known, except that
+    candidates and threshold are the same for all heads. The prompt is merged once; generated tokens are appended.
     """
     if window < 1 or kernel < 1 or kernel % 2 == 0 or sources < 0:
         raise ValueError(
