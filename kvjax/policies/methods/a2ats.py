@@ -8,7 +8,8 @@ from kvjax.policies.selectors.codes import WindowedCodes
 @method(
     title="A2ATS: Retrieval-Based KV Cache Reduction via Windowed Rotary Position Embedding and Query-Aware VQ",
     arxiv="2502.12665",
-    tiny=dict(read=12, codes=16, sink=2, recent=4, distance=32),
+    # A codeword a key: before RoPE equal tokens have equal keys, and k-means with fewer breaks their ties by rounding.
+    tiny=dict(read=12, codes=40, sink=2, recent=4, distance=32),
 )
 def a2ats(
     read: int | float = 0.03,
