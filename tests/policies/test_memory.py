@@ -72,7 +72,11 @@ def test_layers_that_need_not_wait_keep_what_they_would_keep(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spec", ["cake(window=4, kernel=3)", "cake(window=4, kernel=3, budget=20, evict_decode=False)"]
+    "spec",
+    [
+        "cake(window=4, kernel=3)",
+        pytest.param("cake(window=4, kernel=3, budget=20, evict_decode=False)", marks=pytest.mark.slow),
+    ],
 )
 def test_a_cascade_keeps_what_one_division_keeps(spec, monkeypatch):
     """Layer by layer and at once: the same counts and entries but for one of rounding a layer, in time order."""
