@@ -283,7 +283,8 @@ def test_one_compilation_per_bucket(name):
 def test_sharded_equals_unsharded(name):
     """batch, kv_heads and slots over an 8-device mesh: the same entries, the same logits."""
     p = policy(name)
-    lm = Toy(layers=2 if {"heads", "errors", "head_budgets", "layer_budgets"} & set(lookup(name).tiny) else 1)  # tables have a row a layer
+    tables = {"heads", "errors", "head_budgets", "layer_budgets"}  # with a row a layer
+    lm = Toy(layers=2 if tables & set(lookup(name).tiny) else 1)
     plan = Plan(p, lm.shape, 4, PROMPT, RESERVE, page_size=4)
     tokens, positions = ragged((*LENGTHS, 33), PROMPT)
     more = np.random.default_rng(3).integers(0, 64, (4, 3))
