@@ -9,6 +9,7 @@ or from a whole prompt is the same.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from kvjax import arrays
 from kvjax.cache import ops, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, Residual, View
+from pallas_kernels.platform import target_platform
 
 Array = jax.Array
 
@@ -136,7 +138,13 @@ def _write(
     slots = jnp.where(place < count[..., None], layer.fill[..., None] + place, -1)
     fields = lp.policy.codec.fields(plan.shape.head_dim, plan.shape.dtype)
     store = dict(pool.store)
+    whole = n == lp.policy.codec.group and layer.table is None and pool.host is None
     for name, value in _encode(plan, cache, i, part, slots, inv_freq).items():
+        if whole and fields[name].before:  # one group, at a multiple of its size, in the last axis
+            store[name] = ops.put_block(
+                store[name], jnp.where(count > 0, layer.fill // n, -1), value, fields[name]
+            )
+            continue
         places = placing.tail_places(cache, i, slots)
         store[name] = ops.scatter(plan, i, layer, store[name], places, value, fields[name])
     pos = None if lp.implied else ops.scatter(plan, i, layer, pool.pos, slots, part.pos)
@@ -259,7 +267,18 @@ def _flush_full(
 
     due = functools.reduce(jnp.logical_or, [jnp.any(full(cache, i)) for i in layers])
     cache, host = placing.detach(cache)  # a branch would copy what it hands through
-    return placing.attach(jax.lax.cond(due, encode, lambda cache: cache, cache), host)
+    return placing.attach(_when(due, encode, cache), host)
+
+
+def _when(due: Array, encode: Callable[[KVCache], KVCache], cache: KVCache) -> KVCache:
+    """`encode(cache)` if due, else the cache, in place.
+
+    A loop of at most one round except on GPUs, whose rows were measured with a branch: for TPUs XLA copies the arrays
+    that a branch hands through, and libtpu 0.0.51 aborts on such branches of eight layers.
+    """
+    if target_platform() == "gpu":
+        return jax.lax.cond(due, encode, lambda cache: cache, cache)
+    return jax.lax.fori_loop(0, due.astype(jnp.int32), lambda _, cache: encode(cache), cache)
 
 
 def flush(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kvjax import arrays
 from kvjax.cache import index_layout, paging, placing
@@ -14,6 +15,7 @@ from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Layer, Pool, View
 from kvjax.codecs.base import Context, Field
 from kvjax.sharding import constrain
+from pallas_kernels.platform import target_platform
 
 Array = jax.Array
 ONE_EACH = Field((), "")  # how positions and slot states are laid out: one entry a slot
@@ -105,6 +107,25 @@ def scatter(
     where = (page_id, *(slice(None),) * inner, slots % page)
     # Index arrays on both sides of a slice put the slots before the axes in between.
     return array.at[where].set(jnp.moveaxis(values, 2 + inner, 2), mode="drop")
+
+
+def put_block(array: Array, block: Array, values: Array, field: Field) -> Array:
+    """Write values [batch, kv_heads, before, n / per, ...] over block number `block` int32 [batch, kv_heads] of n slots.
+
+    For the Dense layout; -1 writes nothing. A select over the whole array: a scatter along the last axis makes a TPU copy
+    the array with that axis padded 128 times.
+    """
+    axis = 2 + len(field.before)
+    n = values.shape[axis]
+    place = jnp.arange(array.shape[axis], dtype=jnp.int32).reshape((-1,) + (1,) * (array.ndim - axis - 1))
+    here = place // n == block.reshape(block.shape + (1,) * (array.ndim - 2))
+    reps = [1] * array.ndim
+    reps[axis] = -(-array.shape[axis] // n)
+    tiled = jax.lax.slice_in_dim(jnp.tile(values.astype(array.dtype), reps), 0, array.shape[axis], axis=axis)
+    out = jnp.where(here, tiled, array)
+    if target_platform() == "tpu":
+        out = with_layout_constraint(out, Layout(major_to_minor=tuple(range(array.ndim))))
+    return out
 
 
 def append(

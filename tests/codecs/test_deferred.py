@@ -12,7 +12,7 @@ import pytest
 
 from kvjax import attend, compress
 from kvjax.arrays import nbytes
-from kvjax.cache import ops
+from kvjax.cache import deferred, ops
 from kvjax.policies import parse
 from tests.codecs.harness import Layer, oracle
 
@@ -81,8 +81,6 @@ def test_decode_is_attention_over_what_is_stored(spec):
 
 
 def ops_positions(plan, cache):
-    from kvjax.cache import deferred
-
     return deferred.positions(plan, cache, 0)[1]
 
 
@@ -218,3 +216,16 @@ def test_layers_that_flush_under_one_branch_store_what_each_stores_alone(spec):
 
 def codec_encoded(plan, entries):
     return plan.layers[0].policy.codec.encoded(entries)
+
+
+def test_a_branch_and_a_loop_flush_the_same(monkeypatch):
+    """GPUs take the branch, other platforms the loop."""
+    layer, caches = Layer(SPECS[0], 150, (150, 120)), []
+    plan = layer.plan(150, 8)
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(deferred, "target_platform", lambda platform=platform: platform)
+        jax.clear_caches()
+        caches.append(layer.fill(plan, 80)[1])
+    assert np.all(np.asarray(caches[0].layers[0].fill) >= 64)
+    for a, b in zip(*map(jax.tree.leaves, caches)):
+        np.testing.assert_array_equal(a, b)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
 import pytest
 
 from launch import aot, cli
+from models import zoo
 
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (no wheel for this platform)"
@@ -50,3 +52,26 @@ def test_bad_input_is_one_line(argv, message, capsys):
     assert cli.run(aot.define, aot.main, argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
+
+
+@libtpu
+@pytest.mark.xdist_group("libtpu")
+def test_a_window_is_flushed_in_place(monkeypatch):
+    """A KIVI step holds no second copy of any layer's codes or scales: they would be 18 times what it holds now.
+
+    Eight layers, since libtpu aborts where a branch hands through as many caches.
+    """
+    whole, compile_stage = zoo.shape("llama3-8b"), aot.compile_stage
+    cut = dataclasses.replace(whole, layers=8, ropes=whole.ropes[:8], windows=whole.windows[:8])
+    monkeypatch.setattr(zoo, "shape", lambda name: cut)
+    monkeypatch.setattr(
+        aot,
+        "compile_stage",
+        lambda stage, *a, **k: (stage == "decode" and compile_stage(stage, *a, **k)) or {"stage": stage},
+    )
+    _, row = aot.model_rows("v5e:2x4", "llama3-8b", "kivi(bits=4)", batch=16, context=32768)
+    layer = (
+        16 * 32768 * 128 * 2 * 4.5 / 8
+    )  # bytes on one device: rows, slots, channels, K and V, bits with scales
+    assert row["argument_bytes"] > 8 * layer
+    assert row["temp_bytes"] < layer / 2
