@@ -93,6 +93,10 @@ def test_rope_inverts_at_positions_to_128k():
 def test_real_fft_is_orthonormal():
     x = data((2, 3, 4, 64))
     y = mixed.real_fft(x)
+    spectrum = np.fft.rfft(np.asarray(x, np.float64), axis=-1, norm="ortho")
+    pairs = 2**0.5 * np.stack([spectrum.real, spectrum.imag], axis=-1)[..., 1:-1, :]
+    np.testing.assert_allclose(y[..., 2:], pairs.reshape(*x.shape[:-1], -1), atol=1e-4)
+    np.testing.assert_allclose(y[..., :2], spectrum.real[..., [0, -1]], atol=1e-4)
     np.testing.assert_allclose(jnp.linalg.norm(y, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     np.testing.assert_allclose(mixed.inverse_real_fft(y), x, atol=1e-4)
 
