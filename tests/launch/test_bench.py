@@ -63,4 +63,5 @@ def test_codec_rows_say_what_reads_the_codes(small, monkeypatch):
     full, eight, four = (row["cache_bytes"] for row in got.values())
     assert four < eight < 0.3 * full  # float32 here
     for spec in codecs.SPECS:
-        Plan(policies.parse(spec), codecs.model("bfloat16").shape, 1, 64, 16)  # refuses what does not fit the shape
+        # a plan refuses what does not fit the shape
+        Plan(policies.parse(spec), codecs.model("bfloat16").shape, 1, 64, 16)
