@@ -1,9 +1,9 @@
 """Measure kernels and generation on this machine, own implementations beside the peers that are installed.
 
 Suites: decode_attention, prefill_attention, observation (kernels), selection (one layer's step), sparse_prefill,
-shared_prefix (one layer's attention), generate, policies, codecs (whole steps). A CPU runs small sizes through XLA. Rows: name,
-shape, dtype, implementation, us, gb_per_s, tflop_per_s, fraction_of_copy, where the copy is a large device-to-device copy
-measured first, bytes read plus bytes written.
+shared_prefix (one layer's attention), generate, policies, codecs, retrieval (whole steps). A CPU runs small sizes through
+XLA. Rows: name, shape, dtype, implementation, us, gb_per_s, tflop_per_s, fraction_of_copy, where the copy is a large
+device-to-device copy measured first, bytes read plus bytes written.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ SUITES = {
     "policies": "policies",
     "codecs": "codecs",
     "selection": "selection",
+    "retrieval": "retrieval",
     "sparse_prefill": "sparse_prefill",
     "shared_prefix": "shared_prefix",
 }
