@@ -99,6 +99,8 @@ class Plan:
                 "it does not compose with methods that evict"
             )
         codec.check(self.shape)
+        if self.policy.scorer is not None:
+            self.policy.scorer.constants(0, self.shape)  # a calibration file of another model is refused at once
         if self.policy.prefill is not None:
             self.policy.prefill.check(self.shape)
         if self.policy.placement is not None:

@@ -116,13 +116,15 @@ class Codec:
         return {}
 
     def check(self, shape: ModelShape) -> None:
-        """ValueError when group, residual and head_dim do not fit."""
+        """ValueError when group, residual and head_dim do not fit, or a calibration file is not of this model."""
         if self.group > 1 and self.group > self.residual:
             raise ValueError(
                 f"{type(self).__name__}: groups of {self.group} tokens are larger than the residual window of "
                 f"{self.residual}; raise residual or lower group"
             )
         self.fields(shape.head_dim, shape.dtype)
+        for layer in range(min(2, shape.layers)):  # the second: codecs that predict have constants from there on
+            self.for_layer(layer, shape).constants(layer, shape)
 
     def encoded(self, entries: Any) -> Any:
         """How many of `entries` (int or array) per head are encoded once they are all stored; the rest waits."""

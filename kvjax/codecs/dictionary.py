@@ -67,7 +67,7 @@ class Dictionary(Quantizer):
         """atoms [kv_heads, N, dim / chunks], unit length."""
         dim = shape.head_dim // self.chunks
         if self.calibration:
-            atoms = vector.open_file(self.calibration, shape)[f"{side}.{layer}.atoms"].astype(np.float32)
+            atoms = vector.entry(self.calibration, shape, f"{side}.{layer}.atoms").astype(np.float32)
             if atoms.shape[-1] != dim:
                 raise ValueError(f"{self.calibration!r} has atoms of {atoms.shape[-1]} channels, not {dim}")
         else:

@@ -75,8 +75,10 @@ class Predicted(Codec):
                 "k": np.zeros((width + 1, width), np.float32),
                 "v": np.zeros((2 * width + 1, width), np.float32),
             }
-        found = vector.open_file(self.calibration, shape)
-        return {side: found[f"{side}.{layer}.predict"].astype(np.float32) for side in "kv"}
+        return {
+            side: vector.entry(self.calibration, shape, f"{side}.{layer}.predict").astype(np.float32)
+            for side in "kv"
+        }
 
     def encode(self, k: Array, v: Array, ctx: Context = NO_CONTEXT) -> Store:
         """See the class."""

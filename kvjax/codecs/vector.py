@@ -57,6 +57,14 @@ def open_file(name: str, shape: ModelShape) -> dict[str, np.ndarray]:
     return load(path, _fingerprint(shape))
 
 
+def entry(name: str, shape: ModelShape, array: str) -> np.ndarray:
+    """One array of `open_file`; ValueError when the file is of another method."""
+    found = open_file(name, shape)
+    if array not in found:
+        raise ValueError(f"calibration file {name!r} has no array {array!r}: it is of another method or older")
+    return found[array]
+
+
 @dataclasses.dataclass(frozen=True)
 class Vector(Quantizer):
     """Codes of `bits` bits for groups of channels, after a linear map of the channels that calibration chose.

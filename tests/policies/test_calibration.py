@@ -30,6 +30,10 @@ SPECS = [
     "duoattention",
     "razorattention",
     "duo_prefill",
+    "lserve",
+    "pq_refined(file='kvref-22m')",
+    "pqcache | head_reads",
+    "keydiff(budget=0.5) | compresskv_layers",
     f"qfilters(file='{SHIPPED}/queries.safetensors')",
     f"expected_attention(stats='{SHIPPED}/queries.safetensors')",
 ]
@@ -61,7 +65,7 @@ def test_files_of_other_weights_are_refused(spec, model):
     want = specs(policy, SHAPE)
     assert specs(policy, mine) == want
     with pytest.raises(ValueError, match=r"another model|no calibration") as error:
-        specs(policy, dataclasses.replace(SHAPE, weights="0123456789ab"))
+        Plan(policy, dataclasses.replace(SHAPE, weights="0123456789ab"), 1, 256, 8)  # at once, before any use
     text = str(error.value)
     assert "\n" not in text and "0123456789ab" in text and "launch.calibrate" in text
 
