@@ -100,7 +100,7 @@ class Plan:
             )
         codec.check(self.shape)
         if self.policy.scorer is not None:
-            self.policy.scorer.constants(0, self.shape)  # a calibration file of another model is refused at once
+            self.policy.scorer.constants(0, self.shape)  # refuses another model's calibration file
         if self.policy.prefill is not None:
             self.policy.prefill.check(self.shape)
         if self.policy.placement is not None:

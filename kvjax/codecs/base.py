@@ -123,7 +123,7 @@ class Codec:
                 f"{self.residual}; raise residual or lower group"
             )
         self.fields(shape.head_dim, shape.dtype)
-        for layer in range(min(2, shape.layers)):  # the second: codecs that predict have constants from there on
+        for layer in range(min(2, shape.layers)):  # codecs that predict have constants from the second on
             self.for_layer(layer, shape).constants(layer, shape)
 
     def encoded(self, entries: Any) -> Any:

@@ -61,7 +61,9 @@ def entry(name: str, shape: ModelShape, array: str) -> np.ndarray:
     """One array of `open_file`; ValueError when the file is of another method."""
     found = open_file(name, shape)
     if array not in found:
-        raise ValueError(f"calibration file {name!r} has no array {array!r}: it is of another method or older")
+        raise ValueError(
+            f"calibration file {name!r} has no array {array!r}: it is of another method or older"
+        )
     return found[array]
 
 
