@@ -104,7 +104,10 @@ class Observation:
 
         The softmax runs over every visible entry before anything is cut away; a padded query's row is 0.
         """
-        q, q_pos = self.last_queries(count)
+        return self.probs_of(*self.last_queries(count))
+
+    def probs_of(self, q: Array, q_pos: Array) -> Array:
+        """`window_probs` of queries q [batch, q_heads, count, head_dim] at positions int32 [batch, count]."""
         return observe.window_probs(
             q,
             self.k,

@@ -28,12 +28,14 @@ class PrefillPattern:
     block: tokens per block, of queries and of keys (the GPU kernel needs multiples of 128).
     min_tokens: rows up to this many tokens are dense; 0 stands for two blocks.
     min_recall: the least share of the last queries' attention that a head's blocks must hold; 0 never falls back.
+    spread: measure it on queries spread evenly over the prompt instead of the last ones.
     sample: how many last queries estimates are made from. Memory of an estimate is O(slots * sample) per head.
     """
 
     block: int = 128
     min_tokens: int = 0
     min_recall: float = 0.0
+    spread: bool = False
     sample: int = 64
 
     shortest: ClassVar[int] = 2
@@ -58,7 +60,7 @@ class PrefillPattern:
         keep = (self.keep(x) | x.sinks(1) | x.near(1)) & x.visible
         dense = (x.obs.length <= self._dense_up_to)[:, None]
         if self.min_recall > 0:
-            dense = dense | (x.recall(keep) < self.min_recall)
+            dense = dense | (x.recall(keep, self.spread) < self.min_recall)
         return jnp.where(dense[..., None, None], x.visible, keep)
 
     def blocks(self, obs: Observation, *, aligned: bool) -> BlockTable | None:

@@ -82,15 +82,31 @@ class Blocks:
         x = pad_axis(x, x.ndim - 1, self.k_blocks * self.block)
         return x.reshape(*x.shape[:-1], self.k_blocks, self.block).sum(-1)
 
-    def recall(self, keep: Array) -> Array:
-        """f32 [batch, q_heads]: the share of the last queries' attention that the mask `keep` covers."""
+    def spread_queries(self) -> tuple[Array, Array]:
+        """`sample` queries at even distances, the last one among them: q [batch, q_heads, sample, head_dim] and their
+        places int32 [batch, sample] in the call. A row with fewer tokens has some of them twice."""
+        q, q_pos = self.obs.need("q"), self.obs.need("q_pos")
+        end = (jnp.arange(self.sample) + 1) * self.obs.tokens[:, None] // self.sample
+        index = jnp.argmax(q_pos >= 0, axis=1)[:, None] + jnp.maximum(end - 1, 0)
+        return jax.vmap(lambda a, i: a[:, i])(q, index), index
+
+    def recall(self, keep: Array, spread: bool = False) -> Array:
+        """f32 [batch, q_heads]: the share of the last queries' attention that the mask `keep` covers.
+
+        spread: of `spread_queries` instead, which also speak for the rows before.
+        """
         q_pos = self.obs.need("q_pos")
-        end = jnp.argmax(q_pos >= 0, axis=1) + self.obs.tokens
-        row = jnp.maximum(end[:, None] - self.sample + jnp.arange(self.sample), 0) // self.block
+        if spread:
+            q, place = self.spread_queries()
+            probs = self.obs.probs_of(q, jnp.take_along_axis(q_pos, place, axis=1))
+            mass, row = self.sum_blocks(probs), place // self.block
+        else:
+            end = jnp.argmax(q_pos >= 0, axis=1) + self.obs.tokens
+            mass = self.probs_by_block
+            row = jnp.maximum(end[:, None] - self.sample + jnp.arange(self.sample), 0) // self.block
         shape = (self.obs.pos.shape[0], self.q_heads, self.q_blocks, self.k_blocks)
         rows = jax.vmap(lambda a, i: a[:, i])(jnp.broadcast_to(keep, shape), row)
-        covered = jnp.sum(jnp.where(rows, self.probs_by_block, 0.0), axis=(2, 3))
-        total = jnp.sum(self.probs_by_block, axis=(2, 3))
+        covered, total = jnp.sum(jnp.where(rows, mass, 0.0), axis=(2, 3)), jnp.sum(mass, axis=(2, 3))
         return jnp.where(total > 0, covered / jnp.where(total > 0, total, 1.0), 1.0)
 
     @functools.cached_property
