@@ -119,6 +119,9 @@ def main(f: flags.FlagValues) -> None:
         if out is not None:  # after every row, so that an interrupted run leaves what it measured
             out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
+    for row in rows:
+        if "error" in row:
+            print(f"not measured: {row['implementation']}: {row['error']}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ one launch over what is stored, or 'blocked', tile by tile in XLA. gb_per_s coun
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,5 +83,5 @@ def rows() -> Iterator[Row]:
     batch, context = (1, 512) if cpu else (BATCH, CONTEXT)
     params = model_params.init_params(lm.config, jax.random.key(0), jnp.dtype(lm.shape.dtype))
     for spec in SPECS:
-        yield measure(lm, params, spec, batch, context)
-        gc.collect()  # the next cache needs the memory
+        work = functools.partial(measure, lm, params, spec, batch, context)
+        yield timing.attempt("decode step", (batch, context, lm.shape.layers), lm.shape.dtype, spec, work)

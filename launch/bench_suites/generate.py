@@ -10,7 +10,7 @@ head and layer (deferred codecs), over the steps from one group to the next. gb_
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -187,7 +187,8 @@ def rows() -> Iterator[Row]:
     batch, context = (2, 512) if cpu else (BATCH, CONTEXT)
     params = model_params.init_params(lm.config, jax.random.key(0), jnp.dtype(lm.shape.dtype))
     head = head_seconds(lm, params, batch)
-    work = [(spec, batch, context) for spec in SPECS] + [("full", *shape) for shape in ([] if cpu else MORE)]
-    for spec, batch, context in work:
-        yield measure(lm, params, spec, batch, context, head)
-        gc.collect()  # the next cache needs the memory
+    todo = [(spec, batch, context) for spec in SPECS] + [("full", *shape) for shape in ([] if cpu else MORE)]
+    for spec, batch, context in todo:
+        shape = (batch, context, lm.shape.layers)
+        work = functools.partial(measure, lm, params, spec, batch, context, head)
+        yield timing.attempt("decode step", shape, lm.shape.dtype, spec, work)

@@ -5,13 +5,13 @@ The model and the columns are those of suite `generate`; the selectors' indexes 
 
 from __future__ import annotations
 
-import gc
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
-from launch.bench_suites import generate
+from launch.bench_suites import generate, timing
 from models import params as model_params
 
 BATCH, CONTEXT = 8, 131072
@@ -33,5 +33,5 @@ def rows() -> Iterator[generate.Row]:
     params = model_params.init_params(lm.config, jax.random.key(0), jnp.dtype(lm.shape.dtype))
     head = generate.head_seconds(lm, params, batch)
     for spec in SPECS:
-        yield generate.measure(lm, params, spec, batch, context, head)
-        gc.collect()  # the next cache needs the memory
+        work = functools.partial(generate.measure, lm, params, spec, batch, context, head)
+        yield timing.attempt("decode step", (batch, context, lm.shape.layers), lm.shape.dtype, spec, work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import glob
 import tempfile
 import time
@@ -99,6 +100,17 @@ def row(
         "tflop_per_s": None if flops is None else flops / seconds / 1e12,
         "fraction_of_copy": None,
     }
+
+
+def attempt(name: str, shape: Sequence[int], dtype: Any, implementation: str, work: Callable[[], Row]) -> Row:
+    """The row of `work`, or where the device fails (its memory is too small, say) one with `error` and no times."""
+    try:
+        return work()
+    except jax.errors.JaxRuntimeError as failure:
+        lost = row(name, shape, dtype, implementation, float("nan"))
+        return lost | {"us": None, "error": str(failure).splitlines()[0]}
+    finally:
+        gc.collect()  # the next row needs the memory
 
 
 def torch_with_gpu() -> Any | None:

@@ -7,7 +7,8 @@ import pytest
 
 from kvjax import policies
 from kvjax.cache.plan import Plan
-from launch.bench_suites import codecs, generate
+from launch import bench
+from launch.bench_suites import codecs, generate, timing
 from launch.bench_suites import policies as suite
 from models import params as model_params
 
@@ -65,3 +66,19 @@ def test_codec_rows_say_what_reads_the_codes(small, monkeypatch):
     for spec in codecs.SPECS:
         # a plan refuses what does not fit the shape
         Plan(policies.parse(spec), codecs.model("bfloat16").shape, 1, 64, 16)
+
+
+def test_a_policy_that_the_device_cannot_hold_does_not_end_the_suite(small, monkeypatch, capsys):
+    lm, params = small
+
+    def measure(lm, params, spec, batch, context):
+        if spec == "int8":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore lines")
+        return timing.row("decode step", (batch, context), "float32", spec, 1e-3)
+
+    monkeypatch.setattr(codecs, "measure", measure)
+    monkeypatch.setattr(codecs, "SPECS", ["full", "int8", "fp8"])
+    rows = list(codecs.rows())
+    assert [row["us"] for row in rows] == [pytest.approx(1000), None, pytest.approx(1000)]
+    assert [row.get("error") for row in rows] == [None, "RESOURCE_EXHAUSTED: out of memory", None]
+    assert "int8" in bench.table(rows)
