@@ -65,8 +65,8 @@ def blocked_attention(
         seen = (ids < lengths[..., None]) & (ids >= i * tile)
         part = {name: fetch(x, fields[name], start) for name, x in store.items()}
         where = part.pop("pos", None)
-        if where is None:
-            where = jnp.broadcast_to(codec.sink + ids, seen.shape)
+        if where is None:  # [1, 1, tile]: one table of angles serves all rows and heads
+            where = (codec.sink + ids)[None, None]
         else:
             seen &= where >= 0
         with jax.named_scope("decode_tile"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,15 @@ def pursue(x: Array, atoms: Array, terms: int) -> tuple[Array, Array, Array]:
 def pick(atoms: Array, index: Array) -> Array:
     """atoms [kv_heads, N, d] at index [batch, kv_heads, ...] -> [batch, kv_heads, ..., d]."""
     return jax.vmap(jax.vmap(lambda a, i: a[i]), in_axes=(None, 0))(atoms, index)
+
+
+def combine(atoms: Array, index: Array, value: Array) -> Array:
+    """Sum over the last axis of value [batch, kv_heads, ..., terms] times the atoms at `index`: [batch, kv_heads, ..., d].
+
+    Term by term: as one sum over the terms, a CPU looks up every number of every atom apart, 80 times as slow.
+    """
+    parts = (pick(atoms, index[..., i]) * value[..., i, None] for i in range(index.shape[-1]))
+    return functools.reduce(jnp.add, parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,4 +103,4 @@ class Dictionary(Quantizer):
         b, h, n, _ = store["index"].shape
         index = store["index"].astype(jnp.int32).reshape(b, h, n, self.chunks, self.terms)
         value = store["value"].astype(jnp.float32).reshape(index.shape)
-        return jnp.sum(pick(ctx.const["atoms"], index) * value[..., None], axis=-2).reshape(b, h, n, dim)
+        return combine(ctx.const["atoms"], index, value).reshape(b, h, n, dim)

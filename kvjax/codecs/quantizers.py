@@ -182,8 +182,9 @@ class Affine(Quantizer):
         else:
             top = 2**self.bits - 1
             step = (high - low) / top
-            if self.zero == "int8":  # a constant group is one step from zero
-                step = jnp.where(step == 0, jnp.abs(low), step)
+            if self.zero == "int8":
+                # A constant group is one step from zero, a distant one 112: a byte, with room for an fp8 scale's rounding.
+                step = jnp.where(step == 0, jnp.abs(low), jnp.maximum(step, jnp.abs(low) / 112))
             scale = _storable(step, self.scale)
             if self.zero == "int8":
                 zero = jnp.clip(jnp.round(low / scale), -128, 127)

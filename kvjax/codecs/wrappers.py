@@ -139,8 +139,10 @@ class Outliers(Wrapper):
     def encode(self, x: Array, ctx: Context = NO_CONTEXT) -> Store:
         """See the class."""
         y = self._vectors(x)
-        order = jnp.argsort(y, axis=-1)
-        at = jnp.concatenate([order[..., : self.count], order[..., -self.count :]], axis=-1)
+        # Of equal entries the first is the smallest and the last the largest, so that the two sets are disjoint.
+        low = jax.lax.top_k(-y, self.count)[1]
+        high = y.shape[-1] - 1 - jax.lax.top_k(jnp.flip(y, -1), self.count)[1]
+        at = jnp.concatenate([low, high], axis=-1)
         values = jnp.take_along_axis(y, at, axis=-1)
         inliers = y.shape[-1] - 2 * self.count
         mean = (y.sum(-1, keepdims=True) - values.sum(-1, keepdims=True)) / inliers

@@ -16,13 +16,13 @@ def gear(
 ) -> Policy:
     """X ~ Quant(X - S) + S + A B^T: codes, sparse outliers, and a low-rank fit of the error that is left.
 
-    Keys per channel and values per token over groups of `group`; S keeps the `outliers` largest and smallest of
+    Keys per channel over `group` tokens and values per token over `group` channels; S keeps the `outliers` largest and smallest of
     every such vector in float16; A B^T has rank `rank` per head and per `group` tokens, found by power iteration.
     `group` tokens are encoded together when the window of `residual` is full. outliers=0: GEAR-L.
     """
     if outliers < 0 or rank < 0:
         raise ValueError(f"gear: outliers and rank cannot be negative, got {outliers} and {rank}")
-    k, v = Affine(bits, group, "channel"), Affine(bits)
+    k, v = Affine(bits, group, "channel"), Affine(bits, group)
     if outliers:
         k, v = Outliers(k, outliers, "channel", group), Outliers(v, outliers)
     if rank:
