@@ -133,6 +133,9 @@ def _in_turn(plan: Plan, i: int, out: Array, cache: KVCache) -> tuple[Array, KVC
         out, (entries, scores, stats) = jax.lax.optimization_barrier((out, held))
         last = last.replace(entries=entries, scores=scores, stats=stats)
         return out, cache.replace(pending=(*cache.pending[:-1], last))
+    if cache.cascade is not None and cache.cascade.pool is not None:
+        out, now = jax.lax.optimization_barrier((out, cache.cascade))
+        return out, cache.replace(cascade=now)
     j = plan.layers[i].pool
     if plan.layers[i].offloaded:  # what it stores is in host memory by now
         out, layer = jax.lax.optimization_barrier((out, cache.layers[i]))

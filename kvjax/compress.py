@@ -15,6 +15,7 @@ from flax import struct
 from kvjax.cache import cascade, deferred, ops, paging, selecting
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, View
+from kvjax.policies.allocators import shares
 from kvjax.policies.base import Policy, Tokens
 from kvjax.policies.observation import NEG, Observation
 from kvjax.policies.reducing import Survivors
@@ -99,8 +100,8 @@ def keep_best(
         cache = cache.replace(compressed=length)
     if compress and lp.shares_pool and fresh and policy.allocator.ahead:
         return _compact_now(plan, cache, Pending(entries, scores, obs))
-    if compress and fresh and cascade.applies(plan, i):
-        return _cascade(plan, cache, obs, entries, scores)
+    if compress and cascade.applies(plan, i):
+        return _cascade(plan, cache, obs, entries, scores, fresh=fresh)
     if compress and lp.shares_pool:
         with jax.named_scope("allocate"):
             stats = policy.allocator.measure(obs, scores)
@@ -140,23 +141,29 @@ def _compact_now(plan: Plan, cache: KVCache, pending: Pending) -> KVCache:
     return cache.replace(counts=(found, page))
 
 
-def _cascade(plan: Plan, cache: KVCache, obs: Observation, entries: View, scores: Array) -> KVCache:
+def _cascade(
+    plan: Plan, cache: KVCache, obs: Observation, entries: View, scores: Array, *, fresh: bool
+) -> KVCache:
     """Store a layer of a shared pool at once; the layers before it give up what the budget no longer leaves them."""
-    valid, policy, layers = entries.pos >= 0, plan.layers[obs.layer].policy, cascade.sharing(plan)
-    before = cache.cascade
+    policy, i = plan.layers[obs.layer].policy, obs.layer
+    now = cascade.start(plan, i, fresh=fresh) if cache.cascade is None else cache.cascade
     with jax.named_scope("allocate"):
-        # In a fresh prompt all layers hold the same positions, and scores tell only what is protected.
         keep = policy.keep_counts(jnp.maximum(tokens_seen(cache, obs), cache.expected), plan.prompt)
-        stats = (*(() if before is None else before.stats), policy.allocator.measure(obs, scores))
-        n = len(stats)
-        found = policy.allocator.cascade_counts([scores] * n, [valid] * n, keep, len(layers), stats)
-        counts = jnp.stack([_unless_idle(obs, c, valid) for c in found])
-        if before is not None:
-            counts = counts.at[:-1].min(before.counts)
-        limits = _limit(plan, obs.layer, counts, obs.length)
-    now = cascade.Cascade(stats, counts, limits, None if before is None else before.tables)
+        stats = (*now.stats, policy.allocator.measure(obs, scores))
+        fixed, had = (
+            (*now.fixed, shares.count(shares.protected(scores))),
+            (*now.had, shares.count(entries.pos >= 0)),
+        )
+        layers = len(cascade.sharing(plan))
+        counts = jnp.stack(policy.allocator.cascade_counts(fixed, had, keep, layers, stats))
+        # A row without tokens in this call has nothing to measure by: it keeps what it holds.
+        counts = jnp.where((obs.tokens > 0)[:, None], counts, jnp.stack(had))
+        if now.counts is not None:
+            counts = counts.at[:-1].min(now.counts)
+        limits = _limit(plan, i, counts, obs.length)
+    now = now.replace(stats=stats, fixed=fixed, had=had, counts=counts, limits=limits)
     with jax.named_scope("compact"):
-        return cascade.add(plan, cache, obs.layer, entries, scores, now)
+        return cascade.add(plan, cache, i, entries, scores, now)
 
 
 def _share(policy: Policy, cache: KVCache, i: int, scores: Array) -> tuple[KVCache, Array]:

@@ -79,7 +79,7 @@ class Allocator:
     layers of a whole prompt need not wait for the last; `measure` then reads nothing of an observation but its layer."""
     cascades: ClassVar[bool] = False
     """For scope 'model': the first layers can divide the whole budget among themselves, each losing as others come
-    (`cascade_counts`), so that the layers of a whole prompt need not wait for the last."""
+    (`cascade_counts`), so that the layers of a prompt, or of a chunk of one, need not wait for the last."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """Observation fields that `measure` uses; see `Scorer.needs`."""
 
@@ -130,9 +130,12 @@ class Allocator:
         return [self.counts(s, v, keep, i) for i, (s, v) in enumerate(zip(scores, valid))]
 
     def cascade_counts(
-        self, scores: Sequence[Array], valid: Sequence[Array], keep: Array, layers: int, stats: Sequence[Any]
+        self, fixed: Sequence[Array], held: Sequence[Array], keep: Array, layers: int, stats: Sequence[Any]
     ) -> list[Array]:
-        """`model_counts` of the first layers, which share the budget of all `layers` layers."""
+        """`model_counts` of the first layers, which share the budget of all `layers` layers.
+
+        fixed, held: how many protected, and how many entries in all, their heads have; int32 [batch, kv_heads] each.
+        """
         raise NotImplementedError
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from kvjax.policies.allocators.shares import count, protected, split_layers
+from kvjax.policies.allocators.shares import count, divide_layers, protected, split_layers
 from kvjax.policies.base import Allocator, Array
 from kvjax.policies.head_scores import check_file
 from kvjax.policies.observation import Observation
@@ -80,9 +80,16 @@ class Preference(LayerCompetition):
     cascades: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
 
-    def cascade_counts(self, scores, valid, keep, layers, stats) -> list[Array]:
+    def _most(self, keep: Array) -> Array | None:
+        return None if self.ceiling is None else self.ceiling * keep
+
+    def model_counts(self, scores, valid, keep, length, stats) -> list[Array]:
         """int32 [batch, kv_heads] a layer."""
-        return split_layers(list(stats), scores, valid, keep, layers=layers)
+        return split_layers(list(stats), scores, valid, keep, ceiling=self._most(keep))
+
+    def cascade_counts(self, fixed, held, keep, layers, stats) -> list[Array]:
+        """int32 [batch, kv_heads] a layer."""
+        return divide_layers(list(stats), fixed, held, keep, ceiling=self._most(keep), layers=layers)
 
     def head_capacity(self, keep: int, length: int, kv_heads: int) -> int:
         """What the ceiling allows; layers that wait for the last hold no more candidates than that."""
@@ -139,7 +146,9 @@ class GlobalTop(LayerCompetition):
         last = jnp.clip(wanted - 1, 0, order.shape[1] - 1)
         level = jnp.where(wanted > 0, jnp.take_along_axis(order, last[:, None], axis=1)[:, 0], jnp.inf)
         won = [jnp.sum((f >= level[:, None, None]) & (f > -jnp.inf), axis=(1, 2)) for f in free]
-        return split_layers([w.astype(jnp.float32) for w in won], scores, valid, keep)
+        return split_layers(
+            [w.astype(jnp.float32) for w in won], scores, valid, keep, ceiling=self.rho * keep
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,4 +256,4 @@ class LayerErrors(LayerCompetition):
         """int32 [batch, kv_heads] a layer."""
         floor = jnp.minimum(self.floor, keep)
         low = [jnp.maximum(floor - jnp.max(count(protected(s)), axis=1), 0) for s in scores]
-        return split_layers(list(stats), scores, valid, keep, low)
+        return split_layers(list(stats), scores, valid, keep, low, ceiling=3 * keep)

@@ -64,21 +64,38 @@ def split_layers(
     valid,
     keep: Array,
     low: list[Array] | None = None,
+    ceiling: Array | None = None,
+) -> list[Array]:
+    """`divide_layers` of entries with protected scores and `valid` masks, [batch, kv_heads, slots] a layer."""
+    fixed, held = [count(protected(s)) for s in scores], [count(v) for v in valid]
+    return divide_layers(weights, fixed, held, keep, low, ceiling)
+
+
+def divide_layers(
+    weights: list[Array],
+    fixed: list[Array],
+    held: list[Array],
+    keep: Array,
+    low: list[Array] | None = None,
+    ceiling: Array | None = None,
     layers: int | None = None,
 ) -> list[Array]:
     """Counts int32 [batch, kv_heads] of every layer, all heads of a layer alike, from weights [batch] a layer.
 
-    The protected entries come first and are equal in every layer; the rest of `keep` per layer is spread by
-    weight. low: least entries of each layer besides the protected ones, int32 [batch]. layers: how many layers the budget
-    is for, if these are only some of them.
+    The protected entries come first; the rest of `keep` per layer is spread by weight. fixed, held: protected and all
+    entries, int32 [batch, kv_heads] a layer. low: least entries of each layer besides the protected ones, int32 [batch].
+    ceiling: most entries of a layer, int32 [batch]; what it cuts goes to the others. layers: how many layers the budget is
+    for, if these are only some of them.
     """
-    held = [jnp.max(count(v), axis=1) for v in valid]
-    fixed = [jnp.minimum(jnp.max(count(protected(s)), axis=1), keep) for s in scores]
-    high = jnp.stack(held, axis=1) - jnp.stack(fixed, axis=1)
-    total = (len(scores) if layers is None else layers) * keep - sum(fixed)
+    least = jnp.stack([jnp.minimum(jnp.max(f, axis=1), keep) for f in fixed], axis=1)
+    high = jnp.stack([jnp.max(h, axis=1) for h in held], axis=1)
+    if ceiling is not None:
+        high = jnp.minimum(high, ceiling[:, None])
+    high = jnp.maximum(high - least, 0)
+    total = (len(held) if layers is None else layers) * keep - jnp.sum(least, axis=1)
     floor = jnp.zeros_like(high) if low is None else jnp.stack(low, axis=1)
-    share = spread(jnp.stack(weights, axis=1), total, floor, jnp.maximum(high, 0)) + jnp.stack(fixed, axis=1)
-    return [jnp.minimum(share[:, i : i + 1], count(v)) for i, v in enumerate(valid)]
+    share = spread(jnp.stack(weights, axis=1), total, floor, high) + least
+    return [jnp.minimum(share[:, i : i + 1], h) for i, h in enumerate(held)]
 
 
 def split_heads(

@@ -28,9 +28,10 @@ def cake(
     P_l = H^(1/tau1) V^(1/tau2) of the window's attention (entropy, variance over queries); b_l in proportion.
     score = avgpool_kernel( mean_i A + gamma Var_i A ), mean over the group. A whole prompt cascades as the authors' does:
     the layers so far share the budget of all, and every new layer shrinks those before it, so that no more than the
-    budget and one layer is ever held. Chunks of a prompt, codecs of groups, selectors and rerotate wait for the last layer
-    instead, which keeps the same entries up to rounding; ceiling=c then bounds what waits: no layer holds or keeps more
-    than c times the mean. Decoding evicts by the attention of the new query.
+    budget and one layer is ever held. So does a chunk of a prompt, which the paper does not treat: the layers share the
+    budget anew by what the chunk's own window says, and twice the budget and one layer are held. Codecs of groups,
+    selectors, merging and rerotate wait for the last layer instead, which keeps the same entries up to rounding. No layer
+    keeps more than ceiling times the mean, which also bounds what waits. Decoding evicts by the new query's attention.
     """
     if window < 2 or kernel < 1 or kernel % 2 == 0:
         raise ValueError(
