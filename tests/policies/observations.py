@@ -123,3 +123,13 @@ def attention(obs: Observation) -> np.ndarray:
 def group_mean(x: np.ndarray) -> np.ndarray:
     """[batch, q_heads, ...] -> [batch, kv_heads, ...]."""
     return x.reshape(x.shape[0], KV_HEADS, -1, *x.shape[2:]).mean(axis=2)
+
+
+OBS = prompt()
+VALID = np.asarray(OBS.valid)
+POS = np.asarray(OBS.pos)
+
+
+def close(got, want, obs=OBS, tol=1e-5):
+    valid = np.asarray(obs.valid)
+    np.testing.assert_allclose(np.asarray(got)[valid], np.asarray(want)[valid], atol=tol, rtol=tol)
