@@ -169,8 +169,9 @@ def model_rows(
     grid = make_mesh(sizes, devices)
     lm = DecoderLM(config)
     plan = Plan(
-        policy=registry.parse(policy), shape=lm.shape, batch=batch, prompt=context, reserve=new_tokens
-    )
+        policy=registry.parse(policy), shape=lm.shape, batch=batch, prompt=context, reserve=new_tokens,
+        platform="tpu",
+    )  # fmt: skip
     specs = model_params.param_specs(config, jnp.dtype(lm.shape.dtype))
     weights = jax.tree.map(
         lambda spec, axes: jax.ShapeDtypeStruct(

@@ -64,7 +64,8 @@ class Plan:
 
     prompt: most prompt tokens of a row. reserve: tokens that may be appended after the prompt. page_size: slots per page
     of the Ragged layout. pages: of the pool of each layer, for a cache that was fitted after its prompt
-    (`kvjax.cache.shrink`); a layer with 0 uses the pool before it. Rows shorter than `prompt` are fine.
+    (`kvjax.cache.shrink`); a layer with 0 uses the pool before it. Rows shorter than `prompt` are fine. platform: "cpu",
+    "gpu" or "tpu", for codecs that store another dtype on one of them (`Codec.for_platform`); "" settles for none.
     """
 
     policy: Policy
@@ -74,6 +75,7 @@ class Plan:
     reserve: int
     page_size: int = 16
     pages: tuple[int, ...] = ()
+    platform: str = ""
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.reserve < 0 or self.batch < 1:
@@ -183,7 +185,7 @@ class Plan:
             # It evicts one entry a step, which a deferred codec cannot: such a layer keeps the model's dtype.
             codec = Plain() if policy.codec.deferred else policy.codec
             policy = Policy(policy.name, Recency(), codec=codec, budget=keep, evict_decode=True)
-        codec = policy.codec.for_layer(i, self.shape)
+        codec = policy.codec.for_platform(self.platform).for_layer(i, self.shape)
         selector = policy.selector
         if selector is not None and i < selector.skip_layers:
             selector = None

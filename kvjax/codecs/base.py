@@ -111,6 +111,10 @@ class Codec:
         """The codec of one layer; codecs whose precision depends on the layer override it."""
         return self
 
+    def for_platform(self, platform: str) -> Codec:
+        """The codec of a cache that lives on "cpu", "gpu" or "tpu" ("": not known); for dtypes that one of them lacks."""
+        return self
+
     def constants(self, layer: int, shape: ModelShape) -> dict[str, np.ndarray]:
         """Calibration arrays of one layer, shared by all rows and requests as weights are; `Context.const`."""
         return {}

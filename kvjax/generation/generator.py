@@ -27,6 +27,7 @@ from kvjax.generation.packing import Tokens, pack, packed_rows, pad_right
 from kvjax.generation.sampling import Sampling, batch_sampling
 from kvjax.policies.base import Policy
 from kvjax.sharding import to_host
+from pallas_kernels.platform import target_platform
 
 
 @dataclasses.dataclass
@@ -62,6 +63,8 @@ class Generator:
 
     def plan(self, batch: int, prompt: int, reserve: int) -> Plan:
         """The bucketed plan for `batch` rows of up to `prompt` tokens and `reserve` more."""
+        with self._context():
+            platform = target_platform()
         return Plan(
             policy=self.policy,
             shape=self.lm.shape,
@@ -69,6 +72,7 @@ class Generator:
             prompt=bucket(prompt),
             reserve=bucket(reserve) if reserve else 0,
             page_size=self.page_size,
+            platform=platform,
         )
 
     def full_plan(self, plan: Plan) -> Plan:

@@ -113,7 +113,9 @@ def open_loop(
     lm: DecoderLM, params: Any, spec: str, batch: int, context: int, fill: Fill | None = None
 ) -> Loop:
     """A loop whose rows hold `context` random tokens each; `fill` makes the cache, `filled` by default."""
-    plan = Plan(policies.parse(spec), lm.shape, batch, context, _ROOM, page_size=64)
+    plan = Plan(
+        policies.parse(spec), lm.shape, batch, context, _ROOM, page_size=64, platform=jax.default_backend()
+    )
     cache = (fill or filled)(plan, jax.random.key(1))
     settings = batch_sampling([Sampling()] * batch)
     stop, limit = jnp.full((1,), -1, jnp.int32), jnp.full((batch,), _ROOM, jnp.int32)
