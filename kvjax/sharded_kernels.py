@@ -2,7 +2,7 @@
 
 XLA cannot split a Pallas kernel, and splits the plain XLA path of a quantized cache badly. Rows and KV heads are
 independent, so where the mesh divides them the call runs inside `jax.shard_map`, and every device reads only
-its own slots. Without a mesh, or where slots or pages themselves are sharded, the call is left to the compiler.
+its own slots; of a page pool, its own pages. Without a mesh, or where slots are sharded, the call is left to the compiler.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from kvjax.paged_shards import decode_paged, page_axes
 from kvjax.sharding import DEFAULT_RULES, Rules
 from kvjax.types import Array
 from pallas_kernels import decode_attention as decode_op
@@ -44,8 +45,18 @@ def decode_attention(
 ) -> Any:
     """`pallas_kernels.decode_attention.decode_attention`, spread over the ambient mesh where it can be.
 
-    A page pool is shared by all rows and heads, so the Ragged layout is left to the compiler.
+    A page pool, shared by all rows and heads, is spread by pages (`kvjax.paged_shards`) where the mesh divides it; tree
+    masks, block tables and the mass of several tokens are then left to the compiler.
     """
+    asks_mass = options.get("return_mass", False)
+    if table is not None:
+        axes = page_axes(kv.k.shape[0])
+        simple = options.get("mask") is None and options.get("blocks") is None
+        if axes is not None and simple and (q.shape[2] == 1 or not asks_mass):
+            asked = {"return_lse": options.get("return_lse", False), "return_mass": asks_mass}
+            options = {n: x for n, x in options.items() if n not in ("mask", "blocks", "block_size")} | asked
+            got = decode_paged(q, kv, lengths=lengths, table=table, axes=axes, **options)
+            return got if any(asked.values()) else got.out
     spec = None if table is not None else partition(*lengths.shape)
     if spec is None:
         return decode_op.decode_attention(q, kv, lengths=lengths, table=table, **options)

@@ -170,7 +170,7 @@ def model_rows(
     lm = DecoderLM(config)
     plan = Plan(
         policy=registry.parse(policy), shape=lm.shape, batch=batch, prompt=context, reserve=new_tokens,
-        platform="tpu",
+        platform="tpu", devices=grid.size,
     )  # fmt: skip
     specs = model_params.param_specs(config, jnp.dtype(lm.shape.dtype))
     weights = jax.tree.map(

@@ -66,6 +66,7 @@ class Plan:
     of the Ragged layout. pages: of the pool of each layer, for a cache that was fitted after its prompt
     (`kvjax.cache.shrink`); a layer with 0 uses the pool before it. Rows shorter than `prompt` are fine. platform: "cpu",
     "gpu" or "tpu", for codecs that store another dtype on one of them (`Codec.for_platform`); "" settles for none.
+    devices: of the mesh that the pages of a Ragged pool are spread over; their number is a multiple of it.
     """
 
     policy: Policy
@@ -76,6 +77,7 @@ class Plan:
     page_size: int = 16
     pages: tuple[int, ...] = ()
     platform: str = ""
+    devices: int = 1
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.reserve < 0 or self.batch < 1:
@@ -218,8 +220,11 @@ class Plan:
         return max(1, -(-(codec.encoded(entries) if codec.deferred else entries) // block)) * block
 
     def page(self, policy: Policy) -> int:
-        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec and the selector."""
-        return math.lcm(self.page_size, _block(policy))
+        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec and the selector.
+
+        On a TPU also to 32 slots: the rows of a native tile of 1-byte codes, below which no kernel reads pages.
+        """
+        return math.lcm(self.page_size, _block(policy), 32 if self.platform == "tpu" else 1)
 
     def block(self, i: int) -> int:
         """Slots that a selector of layer i chooses and reads as one."""
@@ -269,6 +274,7 @@ class Plan:
             pages[lp.pool] = pages.get(lp.pool, 0) + lp.pages
         if self.pages:
             pages = {i: self.pages[i] for i in pages}
+        pages = {i: -(-n // self.devices) * self.devices for i, n in pages.items()}
         return tuple(
             self._pool_specs(self.layers[i], pages[i]) if i in pages else None
             for i in range(self.shape.layers)

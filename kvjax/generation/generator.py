@@ -73,6 +73,7 @@ class Generator:
             reserve=bucket(reserve) if reserve else 0,
             page_size=self.page_size,
             platform=platform,
+            devices=1 if self.mesh is None else self.mesh.size,
         )
 
     def full_plan(self, plan: Plan) -> Plan:
