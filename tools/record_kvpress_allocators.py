@@ -1,4 +1,4 @@
-"""Record what kvpress computes, as fixtures for tests/policies/test_allocators.py and test_reducers.py.
+"""Record what kvpress computes, as fixtures for the tests of allocators and reducers in tests/policies.
 
 Run with a Python that has torch, transformers and kvpress 0.5.5:
 

@@ -19,7 +19,7 @@ from kvjax.policies.ordering import hash_uniform
 from kvjax.policies.reducers.neighbours import ValueCascade
 from kvjax.policies.reducers.similar import MergeSimilar
 from tests.policies.observations import attention, group_mean
-from tests.policies.test_reducers import B, H, S, cosines, observation
+from tests.policies.reducer_cases import B, H, S, cosines, observation
 from tests.toy import Toy, ragged, steps
 
 VICTIM = np.array([[5, 17], [-1, 3]], np.int32)  # the second row's first head is not full

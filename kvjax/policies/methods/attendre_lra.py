@@ -15,7 +15,7 @@ def attendre_lra(
 ) -> Policy:
     """The least recently attended entry leaves; attended means among the `top` of a query of the group.
 
-    score = 1 + position of the last query that attended the entry. The query
+    score = minus the age of the last query that attended the entry; of equals the oldest leaves. The query
     memory that delays queries until later keys are there needs a bidirectional model and is left out.
     """
     if top < 1:

@@ -22,8 +22,9 @@ def roco(
     """Entries with the lowest mean attention leave, but those whose attention varies most are spared.
 
     mu = S1 / c, sigma = sqrt(S2 / c - mu^2) over the c queries that saw the entry (mean over the group first). The
-    int(share * budget) entries of largest sigma are protected; the rest is ranked by mu. The paper's code evicts
-    only generated tokens while decoding; here every entry competes.
+    int(share * budget) entries of largest sigma are protected; the rest is ranked by mu. In the paper's code the newest
+    tokens, always kept there too, take up part of that number. It evicts only generated tokens while decoding; here
+    every entry competes.
     """
     return Policy(
         scorer=MeanAndDeviation(prefill_share, decode_share),

@@ -221,7 +221,8 @@ class NoisyAttention(Scorer):
 class AttendedTopK(Scorer):
     """Attendre's usage counters: an entry is attended when it is in the `top` of a query of its group.
 
-    recent: score = 1 + position of the last query that attended (LRA); else the number of times (LFA).
+    recent: score = minus the age of the last query that attended (LRA), 0 for the newest; else the number of times
+    (LFA). Of entries used alike the newer one scores up to 1/2 more, so that the oldest leaves first.
     """
 
     top: int = 32
@@ -248,7 +249,10 @@ class AttendedTopK(Scorer):
             usage = fold_queries(obs, obs.need("q").shape[2], use, state["usage"])
         else:
             usage = use(state["usage"], obs.column_mass()[:, :, None], obs.need("q_pos"))
-        return usage.astype(jnp.float32), {"usage": usage}
+        length = obs.length[:, None, None]
+        # Ages rather than positions: they are small, and exact in float32, where it matters.
+        scores = (usage - length if self.recent else usage).astype(jnp.float32)
+        return scores + 0.5 * obs.pos / jnp.maximum(length, 1), {"usage": usage}
 
 
 @dataclasses.dataclass(frozen=True)
