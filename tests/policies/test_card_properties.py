@@ -143,8 +143,8 @@ def test_l2norm_reads_keys_alone_and_small_ones_stay():
 def test_keydiff_ignores_lengths_and_drops_copies_first():
     scale = jnp.asarray(np.random.default_rng(1).uniform(0.1, 9, OBS.pos.shape), jnp.float32)[..., None]
     close(score(KeyDiff(), OBS.replace(k=OBS.k * scale))[0], score(KeyDiff(), OBS)[0])
-    copies = (POS % 4 != 0) & VALID
-    obs = OBS.replace(k=jnp.where(copies[..., None], 4.0 * OBS.k[:, :, 12:13], OBS.k))
+    copies = (POS % 2 == 0) & VALID
+    obs = OBS.replace(k=jnp.where(copies[..., None], jnp.arange(DIM) - 3.0, OBS.k))
     scores = np.where(VALID, score(KeyDiff(), obs)[0], np.inf)
     for b, h in np.ndindex(BATCH, KV_HEADS):
         n = copies[b, h].sum()
