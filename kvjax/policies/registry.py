@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kvjax.policies import arguments
 from kvjax.policies.base import PARTS, Policy
 
 Budget = int | float
@@ -105,10 +106,12 @@ def build(name: str, **kwargs: Any) -> Policy:
     ]
     if missing:
         raise ValueError(f"{name} needs the argument {missing[0]!r}")
+    arguments.check(name, found.build, kwargs)
     try:
         policy = found.build(**kwargs)
-    except TypeError as e:
-        raise ValueError(f"{name}: {e}") from e
+    except ValueError as e:  # of a part, which does not know the method's name
+        text = str(e).removeprefix("full: ")
+        raise ValueError(text if text.startswith(name) else f"{name}: {text}") from e
     shown = ", ".join(f"{k}={_show(v)}" for k, v in kwargs.items())
     given = {f.name for f in dataclasses.fields(Policy)} & set(kwargs) - {"scorer"}
     given = {k for k in given if kwargs[k] is not None}
@@ -151,10 +154,10 @@ def _policy(node: ast.expr, spec: str) -> Policy:
         return build(node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         name = node.func.id
-        arguments = list(lookup(name).arguments)
-        if len(node.args) > len(arguments):
-            raise ValueError(f"{name} takes at most {len(arguments)} arguments: {', '.join(arguments)}")
-        kwargs = {a: _value(x, spec) for a, x in zip(arguments, node.args)}
+        allowed = list(lookup(name).arguments)
+        if len(node.args) > len(allowed):
+            raise ValueError(f"{name} takes at most {len(allowed)} arguments: {', '.join(allowed)}")
+        kwargs = {a: _value(x, spec) for a, x in zip(allowed, node.args)}
         for keyword in node.keywords:
             if keyword.arg is None:
                 raise ValueError(f"cannot read policy spec {spec!r}: '**' is not allowed")

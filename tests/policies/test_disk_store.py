@@ -58,7 +58,11 @@ def test_a_directory_that_is_missing_or_closed_is_named(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [("memory=-1", "number of bytes"), ("memory=0.5", "number of bytes"), ("disk=3", "name of a directory")],
+    [
+        ("memory=-1", "memory must be at least 0"),
+        ("memory=0.5", "must be an int"),
+        ("disk=3", "must be a string"),
+    ],
 )
 def test_bad_arguments(argument, words):
     with pytest.raises(ValueError, match=words):

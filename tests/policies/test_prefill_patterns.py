@@ -202,7 +202,7 @@ def test_bad_input_is_one_clear_line():
         P.parse("xattention(stride=5)")
     with pytest.raises(ValueError, match="gamma=0"):
         P.parse("flexprefill(gamma=0)")
-    with pytest.raises(ValueError, match="window cannot be negative"):
+    with pytest.raises(ValueError, match="window must be at least 0"):
         P.parse("a_shape(window=-1)")
     with pytest.raises(ValueError, match="1 layers and"):
         Plan(P.parse("duo_prefill(heads=((0.5, 0.1, 0.3),), sparsity=0.5)"), LM.shape, 1, PROMPT, 0)

@@ -16,5 +16,7 @@ def per_head(
     Entries live in the Ragged layout. The default table fits kvref-22m; the default scorer is keydiff.
     """
     inner = scoring("per_head", scorer, keydiff())
+    if not head_budgets or not all(head_budgets):
+        raise ValueError("per_head: head_budgets is a list of layers, each with one budget a KV head")
     table = HeadTable(tuple(check_entries("head_budgets", row) for row in head_budgets))
     return wrap(inner, scorer is not None, 1.0, allocator=table)
