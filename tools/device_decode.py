@@ -181,6 +181,14 @@ def checks():
             f"{fmt} blocks of 64, pages of 128", fmt=fmt, blocks=blocks, block_size=64, page=128, lengths=full
         )
 
+    for size in (8, 16, 32):
+        small = np.stack([[rng.permutation(512 // size)[:20] for _ in range(2)] for _ in range(2)]).astype(
+            np.int32
+        )
+        small[0, 1, 7:] = -1
+        lengths = [[512, 397], [3, 130]]
+        check_one(f"dense blocks of {size}", fmt="dense", blocks=small, block_size=size, lengths=lengths)
+
     def sink(q, slots):
         k, v = rng.standard_normal((2, 2, 2, slots, q.shape[-1])).astype(np.float32)
         for h in range(2):

@@ -12,11 +12,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import ptx
-from pallas_kernels.decode_attention import gpu_memory, gpu_products, gpu_queries, gpu_step, gpu_window
+from pallas_kernels.decode_attention import (
+    gpu_blocks,
+    gpu_memory,
+    gpu_products,
+    gpu_queries,
+    gpu_step,
+    gpu_window,
+)
 from pallas_kernels.decode_attention.gpu_limits import (
     choose_parts,
     choose_splits,
     choose_stages,
+    least_block,
     preferred_block,
     resident_ctas,
 )
@@ -52,6 +60,9 @@ def decode_attention_gpu(
     parts: tuple[int, int] | None = None,
 ) -> tuple[Array, Array, Array | None]:
     """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass or None)."""
+    if blocks is not None and block_size % least_block(store):
+        store, lengths, table = gpu_blocks.as_pages(store, lengths, blocks, block_size)
+        blocks = block_size = None
     batch, q_heads, tokens, dim = q.shape
     kv_heads = lengths.shape[1]
     rows, columns = batch * kv_heads, q_heads // kv_heads * tokens

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_attention.gpu_blocks import are_pages
 from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore
 
 Array = jax.Array
@@ -17,9 +18,12 @@ _MAX_TREE = 32
 
 
 def unsupported(
-    q: Array, store: KVStore, *, lengths, positions, mask, table, blocks, block_size
+    q: Array, store: KVStore, *, lengths, positions, mask, table, blocks, block_size, order: bool = False
 ) -> str | None:
-    """Why the kernel cannot run on these operands, or None if it can."""
+    """Why the kernel cannot run on these operands, or None if it can.
+
+    order: the order of slots matters, or their mass is asked for.
+    """
     _, q_heads, tokens, dim = q.shape
     columns = q_heads // lengths.shape[1] * tokens
     if q.dtype not in (jnp.bfloat16, jnp.float16):
@@ -51,7 +55,12 @@ def unsupported(
     if store.format != DENSE and table is None and slots % least:
         return f"{slots} slots; format {store.format!r} needs multiples of {least}"
     if blocks is not None and block_size % least:
-        return f"block_size={block_size}; format {store.format!r} needs multiples of {least}"
+        if not are_pages(store, table, block_size):
+            return f"block_size={block_size}; format {store.format!r} needs multiples of {least}"
+        if order or positions is not None or mask is not None:
+            return (
+                f"block_size={block_size} with positions, a mask or the mass; it needs multiples of {least}"
+            )
     if table is not None and blocks is not None and store.slots % least:
         return f"a block table with page_size={store.slots}; it needs multiples of {least}"
     return None

@@ -107,7 +107,15 @@ def decode_attention(
     layout = dict(table=table, blocks=blocks, block_size=block_size)
     reasons = {
         "mosaic_gpu": require_hopper()
-        or gpu_limits.unsupported(q, kv, lengths=lengths, positions=positions, mask=mask, **layout),
+        or gpu_limits.unsupported(
+            q,
+            kv,
+            lengths=lengths,
+            positions=positions,
+            mask=mask,
+            **layout,
+            order=q_positions is not None or return_mass,
+        ),
         "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, kv, **layout),
         "xla": None,
     }

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_decode_attention import check, draft
 
 from pallas_kernels import formats
-from pallas_kernels.decode_attention import gpu, gpu_limits, gpu_window
+from pallas_kernels.decode_attention import gpu, gpu_blocks, gpu_limits, gpu_window
 from pallas_kernels.platform import require_hopper
 
 BF16 = jnp.bfloat16
@@ -63,6 +65,7 @@ def test_lowers_to_one_kernel_that_takes_the_cache_as_stored(fmt):
         ("dense", dict(tokens=4, mask=jax.ShapeDtypeStruct((2, 4, 8), jnp.bool_), return_mass=True)),
         ("int8", dict(page=64, positions=ints(2, 2, 1024), q_positions=ints(2, 1))),
         ("int4", dict(blocks=ints(2, 2, 5), block_size=64)),
+        ("dense", dict(blocks=ints(2, 2, 5), block_size=16)),
         ("fp8_e4m3", dict(dim=256, group=16)),
         ("int4", dict(kv_group=32, residual=128, return_mass=True, mass_per="kv_head")),
         (
@@ -165,6 +168,11 @@ def test_device_formats_and_layouts(fmt, page):
     run(oracle.make(rng, **base, tokens=4, lengths=[[512, 300], [64, 65]]), mask=mask)
     blocks = np.array([[[2, 0], [1, -1]], [[3, 1], [0, 2]]], np.int32)
     run(oracle.make(rng, **base), blocks=blocks, block_size=128)
+    if fmt == "dense" and page is None:
+        few = oracle.make(rng, **base, lengths=[[512, 387], [500, 512]])
+        for size in (8, 16, 32):
+            small = np.stack([[rng.permutation(387 // size + 1)[:9] for _ in range(2)] for _ in range(2)])
+            run(few, blocks=small.astype(np.int32), block_size=size)
     residual = base | dict(kv_group=32, residual=72)
     run(oracle.make(rng, **residual))
     run(
@@ -173,3 +181,47 @@ def test_device_formats_and_layouts(fmt, page):
         window=100,
     )
     run(oracle.make(rng, **residual, tokens=4, lengths=[[512, 300], [64, 65]]), mask=mask)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_small_blocks_become_pages_of_the_same_slots(data):
+    """The newest block may be chosen or not, ends early or not; blocks past the end and -1 hold nothing."""
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    block = data.draw(st.sampled_from([8, 16, 32]))
+    rng = np.random.default_rng(seed)
+    batch, kv_heads, per_row, n, dim = 2, 2, 6, 5, 16
+    k, v = (rng.standard_normal((batch, kv_heads, per_row * block, dim)).astype(np.float32) for _ in range(2))
+    lengths = rng.integers(0, per_row * block + 1, (batch, kv_heads)).astype(np.int32)
+    blocks = np.stack([[rng.permutation(per_row)[:n] for _ in range(kv_heads)] for _ in range(batch)])
+    blocks = np.where(np.arange(n) < rng.integers(0, n + 1, (batch, kv_heads, 1)), blocks, -1).astype(
+        np.int32
+    )
+    store, kept, table = gpu_blocks.as_pages(formats.KVStore(k, v), lengths, blocks, block)
+    assert store.k.shape == (batch * kv_heads * per_row, block, dim)
+    for b, h in np.ndindex(batch, kv_heads):
+        want = {
+            slot
+            for first in blocks[b, h][blocks[b, h] >= 0] * block
+            for slot in range(first, min(first + block, lengths[b, h]))
+        }
+        pages = np.asarray(table[b, h])[: -(-int(kept[b, h]) // block)]
+        got_k, got_v = (np.asarray(x)[pages].reshape(-1, dim)[: kept[b, h]] for x in (store.k, store.v))
+        assert len(got_k) == len(want)
+        order = sorted(want)
+        for got, source in ((got_k, k), (got_v, v)):
+            np.testing.assert_array_equal(
+                got[np.lexsort(got.T)], source[b, h, order][np.lexsort(source[b, h, order].T)]
+            )
+
+
+def test_small_blocks_are_read_where_their_order_does_not_matter():
+    problem = oracle.make(np.random.default_rng(), dim=128, dtype=BF16, batch=1, slots=512)
+    blocks = np.zeros((*problem.lengths.shape, 2), np.int32)
+    ask = functools.partial(
+        gpu_limits.unsupported, problem.q, problem.store, lengths=problem.lengths, table=None, blocks=blocks
+    )
+    free = dict(positions=None, mask=None)
+    assert ask(block_size=16, **free) is None and ask(block_size=128, order=True, **free) is None
+    assert "the mass" in ask(block_size=16, order=True, **free)
+    assert all("multiples of 64" in ask(block_size=n, **free) for n in (4, 48))
