@@ -13,6 +13,7 @@ from typing import Any
 from kvjax.policies.base import Policy
 
 _SIZES = ("group", "segment", "segments", "block", "parts", "fine_parts")  # of what something is divided into
+_OFF = (("cur", "block"),)  # sizes of which 0 has a meaning of its own
 _NAMES: dict[Any, str] = {
     int: "an int",
     float: "a float",
@@ -34,7 +35,7 @@ def check(name: str, build: Callable[..., Any], given: dict[str, Any]) -> None:
         hint = hints.get(key)
         if hint is not None and not fits(value, hint):
             raise ValueError(f"{name}: argument {key!r} must be {_describe(hint)}, got {value!r}")
-        least = 1 if key in _SIZES else 0
+        least = 1 if key in _SIZES and (name, key) not in _OFF else 0
         if hint is int and key != "seed" and value < least:
             raise ValueError(f"{name}: {key} must be at least {least}, got {value}")
 

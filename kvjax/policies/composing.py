@@ -6,15 +6,15 @@ import dataclasses
 from typing import Any
 
 from kvjax.policies.base import Policy
-from kvjax.policies.registry import Budget, build
+from kvjax.policies.registry import Budget, parse
 
 
 def scoring(name: str, scorer: Policy | str | None, default: Policy) -> Policy:
-    """The policy that scores for method `name`: `scorer`, built if it is a name, or `default`.
+    """The policy that scores for method `name`: `scorer`, parsed if it is a spec, or `default`.
 
     ValueError when it does not score.
     """
-    inner = build(scorer) if isinstance(scorer, str) else default if scorer is None else scorer
+    inner = parse(scorer) if isinstance(scorer, str) else default if scorer is None else scorer
     if not isinstance(inner, Policy) or inner.scorer is None:
         shown = inner.name if isinstance(inner, Policy) else repr(inner)
         raise ValueError(f"{name}: {shown!r} does not score entries; give it a scorer such as snapkv")

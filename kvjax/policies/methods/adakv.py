@@ -7,7 +7,7 @@ import dataclasses
 from kvjax.policies.allocators.adaptive import HeadCompetition
 from kvjax.policies.base import Policy
 from kvjax.policies.methods.snapkv import snapkv
-from kvjax.policies.registry import Budget, build, method
+from kvjax.policies.registry import Budget, method, parse
 
 
 @method(
@@ -24,7 +24,7 @@ def adakv(scorer: Policy | str | None = None, budget: Budget | None = None, alph
     """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"adakv: alpha must be in [0, 1], got {alpha}")
-    inner = build(scorer) if isinstance(scorer, str) else scorer
+    inner = parse(scorer) if isinstance(scorer, str) else scorer
     if inner is not None and inner.scorer is None:
         raise ValueError(f"adakv: {inner.name!r} does not score entries; give it a scorer such as snapkv")
     base = snapkv() if inner is None else inner

@@ -29,6 +29,8 @@ def compactor(
     """
     if variant not in VARIANTS:
         raise ValueError(f"compactor: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    if min(chunk, sketch) < 1:
+        raise ValueError(f"compactor: chunk and sketch must be positive, got {chunk} and {sketch}")
     if blending is None:
         blending = 1.0 - budget if isinstance(budget, float) else 0.35
     scorer = Compactor(blending, chunk, sketch, seed, variant == "kvpress", sink, recent)

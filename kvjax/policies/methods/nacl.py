@@ -26,6 +26,8 @@ def nacl(
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"nacl: share must be in [0, 1], got {share}")
+    if proxy < 1:
+        raise ValueError(f"nacl: proxy must be at least 1 token, got {proxy}")
     if not temperature > 0.0:
         raise ValueError(f"nacl: temperature must be positive, got {temperature}")
     inner = WindowAttention(proxy, 1)

@@ -20,6 +20,8 @@ def non_causal_attn(budget: Budget = 0.5, chunk: int = 256, variant: str = "pape
     with zero vectors, as kvpress does; 'paper' masks them.
     """
     _check(variant, "non_causal_attn")
+    if chunk < 1:
+        raise ValueError(f"non_causal_attn: chunk must be at least 1 token, got {chunk}")
     return Policy(
         scorer=NonCausalAttention(chunk, padded=variant == "kvpress"),
         budget=budget,

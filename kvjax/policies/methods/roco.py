@@ -26,6 +26,8 @@ def roco(
     tokens, always kept there too, take up part of that number. It evicts only generated tokens while decoding; here
     every entry competes.
     """
+    if not (0.0 <= prefill_share <= 1.0 and 0.0 <= decode_share <= 1.0):
+        raise ValueError(f"roco: shares must be in [0, 1], got {prefill_share} and {decode_share}")
     return Policy(
         scorer=MeanAndDeviation(prefill_share, decode_share),
         budget=budget,

@@ -71,7 +71,14 @@ class RetrievalHeads(Scorer):
     needs: ClassVar[frozenset[str]] = frozenset({"q"})
 
     def constants(self, layer: int, shape: ModelShape) -> dict[str, Any]:
-        """The layer's heads, when a file is given."""
+        """The layer's heads, when a file is given; ValueError when the inline ones do not fit the model."""
+        if self.heads is not None and (
+            len(self.heads) != shape.layers
+            or not all(row and min(row) >= 0 and max(row) < shape.q_heads for row in self.heads)
+        ):
+            raise ValueError(
+                f"heads must name query heads 0 to {shape.q_heads - 1} for each of {shape.layers} layers, got {self.heads}"
+            )
         return {} if self.file is None else load_layer(self.file, ("retrieval_heads",), layer, shape)
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
