@@ -16,6 +16,7 @@ from types import TracebackType
 
 import jax
 from absl import flags
+from tqdm import tqdm
 
 OWN_PACKAGES = ("launch", "models", "kvjax", "pallas_kernels")
 MAX_LINE = 2000  # characters of an error line
@@ -114,5 +115,7 @@ def _one_line(text: str) -> str:
 
 def _fail(message: str, code: int) -> int:
     sys.stdout.flush()
+    for bar in list(getattr(tqdm, "_instances", ())):  # an open progress bar would share the line
+        bar.close()
     print(f"error: {message}", file=sys.stderr)
     return code

@@ -163,7 +163,7 @@ def quantize_keys(
     Returns: packed uint8 [..., slots * bits / 8, head_dim], scale and zero [..., slots / group, head_dim].
     """
     *lead, slots, dim = k.shape
-    if slots % group:
+    if group < 1 or slots % group:
         raise ValueError(f"quantize_keys: {slots} slots are not whole groups of {group}")
     grouped = k.astype(jnp.float32).reshape(*lead, slots // group, group, dim)
     codes, scale, zero = _asymmetric(grouped, -2, bits, dtype)
@@ -180,7 +180,7 @@ def quantize_values(
     Returns: packed uint8 [..., slots * bits / 8, head_dim], scale and zero [..., head_dim / group, slots].
     """
     *lead, slots, dim = v.shape
-    if dim % group:
+    if group < 1 or dim % group:
         raise ValueError(f"quantize_values: head_dim={dim} is not whole groups of {group}")
     grouped = v.astype(jnp.float32).reshape(*lead, slots, dim // group, group)
     codes, scale, zero = _asymmetric(grouped, -1, bits, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -94,3 +96,15 @@ def check_dtype(op: str, name: str, have: jnp.dtype, allowed: tuple[str, ...]) -
     """Raise ValueError unless `have` is one of the dtype names in `allowed`."""
     if jnp.dtype(have).name not in allowed:
         raise ValueError(f"{op}: {name} has dtype {jnp.dtype(have).name}; supported: {', '.join(allowed)}")
+
+
+def check_scale(op: str, scale: float, softcap: float | None) -> None:
+    """Raise ValueError unless `scale` is a finite number that is known when tracing, and `softcap` positive or None."""
+    try:
+        known = math.isfinite(scale)
+    except TypeError:
+        known = False
+    if not known:
+        raise ValueError(f"{op}: scale={scale} must be a finite number, such as head_dim ** -0.5")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap={softcap} must be positive, or None for no cap")

@@ -15,6 +15,7 @@ from pallas_kernels.decode_attention.reference import decode_attention_xla
 from pallas_kernels.formats import DENSE, EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, pack_block
 from pallas_kernels.platform import (
     check_dtype,
+    check_scale,
     check_shape,
     choose_implementation,
     require_hopper,
@@ -96,6 +97,7 @@ def decode_attention(
       checkify.JaxRuntimeError: under `checkify.checkify`, lengths, pages or blocks out of range.
     """
     _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size)
+    check_scale(_OP, scale, softcap)
     if mass_per not in ("query", "kv_head"):
         raise ValueError(f"{_OP}: mass_per={mass_per!r}; 'query' and 'kv_head' are supported")
     args = dict(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from tqdm import tqdm
 
 from launch import cli
 
@@ -128,3 +129,20 @@ def test_a_reader_that_leaves_early_is_no_error():
     )
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_an_error_has_a_line_of_its_own_after_a_progress_bar(capsys):
+    fail = raised_in("kvjax.somewhere")
+
+    def main(f):
+        with tqdm(total=3, desc="compiling"):
+            fail()
+
+    assert run([], main) == 2
+    assert capsys.readouterr().err.replace("\r", "\n").splitlines()[-1] == "error: first second"
+    assert not list(tqdm._instances)
+    # Not closed by a `with`: an iteration that an error left.
+    kept = iter(tqdm(range(3), desc="kernels"))
+    next(kept)
+    assert run([], lambda f: fail()) == 2
+    assert capsys.readouterr().err.replace("\r", "\n").splitlines()[-1] == "error: first second"

@@ -67,6 +67,9 @@ def test_encode_names_what_does_not_fit():
         formats.encode(k, k, "int4", group=32)
     with pytest.raises(ValueError, match="head_dim=64"):
         formats.encode(jnp.zeros((1, 1, 128, 64)), jnp.zeros((1, 1, 128, 64)), "int4", group=128)
+    for group in (0, -32):
+        with pytest.raises(ValueError, match=f"not whole groups of {group}"):
+            formats.encode(jnp.zeros((1, 1, 128, 64)), jnp.zeros((1, 1, 128, 64)), "int4", group=group)
 
 
 def test_merge_equals_attention_over_the_union():
