@@ -97,6 +97,16 @@ def test_scope_keeps_the_prompt_and_bounds_what_is_generated(strategy):
             assert min(n, open_) <= len(new) <= min(n, open_ + slack)
 
 
+def test_scope_with_room_for_all_that_is_generated_evicts_none_of_it():
+    inner = "snapkv(budget=8, window=3, kernel=3)"
+    _, _, want, kept = run(inner, 12)
+    spec = f"scope({inner}, room=12, recent=2)"
+    _, _, got, cache = run(spec, 12)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    for layer in range(LM.layers):
+        assert stored(spec, cache, layer) == stored(inner, kept, layer)
+
+
 def test_finch_rerotates_keys_to_compact_positions():
     spec = "finch(budget=9, window=3)"
     plain, moved = run("finch(budget=9, window=3, rerotate=False)")[1], run(spec)[1]
