@@ -18,6 +18,7 @@ from kvjax import arrays
 from kvjax.cache import ops, placing
 from kvjax.cache.plan import Plan
 from kvjax.cache.state import KVCache, Pool, Residual, View
+from kvjax.codecs.base import Codec
 from pallas_kernels.platform import target_platform
 
 Array = jax.Array
@@ -173,6 +174,8 @@ def append(
     pos = jnp.broadcast_to(new_positions[:, None], (b, h, t))
     if t == 1 and codec.residual:
         return _append_one(plan, cache, i, View({"k": k, "v": v}, pos, {}), inv_freq, q)
+    if t == 1:
+        return _append_behind_sinks(plan, cache, i, View({"k": k, "v": v}, pos, {}), inv_freq, q)
     late = positions(plan, cache, i)[1]
     entries = View(
         store={"k": jnp.concatenate([res.k, k], axis=2), "v": jnp.concatenate([res.v, v], axis=2)},
@@ -212,38 +215,59 @@ def _append_one(
 ) -> KVCache:
     """One token: if a row's window is full, its oldest group is encoded first; other steps only write the token.
 
-    Layers whose codec needs nothing but keys and values are flushed together when the first of them appends: a branch
-    makes a GPU wait for the host, and one a step is enough. Layers therefore append in order, each of them every token.
+    Groups of one entry are encoded at every step, without a branch. Layers whose codec needs nothing but keys and values
+    are flushed together when the first of them appends: a branch makes a GPU wait for the host, and one a step is
+    enough. Layers therefore append in order, each of them every token.
     """
     codec, j = plan.layers[i].policy.codec, plan.layers[i].pool
     valid = new.pos[..., 0] >= 0
     together = _flushed_together(plan)
-    if i not in together:
+    if codec.group == 1:  # one entry a step, once the window is full: nothing to branch about
+        cache = flush(plan, cache, i, valid & _full(cache, i, codec), inv_freq, q)
+    elif i not in together:
         cache = _flush_full(plan, cache, (i,), valid, inv_freq, q)
     elif i == together[0]:
         cache = _flush_full(plan, cache, together, valid)
     layer = cache.layers[i]
-    res, width = layer.residual, codec.sink + codec.residual
-    place = jnp.where(valid, res.count, width)[..., None]
+    return cache.put(i, layer.replace(residual=_wait(layer.residual, new, valid)), j, cache.pools[j])
+
+
+def _append_behind_sinks(
+    plan: Plan, cache: KVCache, i: int, new: View, inv_freq: Array | None, q: Array | None
+) -> KVCache:
+    """One token where no window is: among the sinks while they are not complete, else encoded."""
+    codec, res = plan.layers[i].policy.codec, cache.layers[i].residual
+    valid, early = new.pos[..., 0] >= 0, res.count < codec.sink
+    count = (valid & ~early).astype(jnp.int32)
+    return _write(plan, cache, i, _salient(codec, new, q), count, _wait(res, new, valid & early), inv_freq)
+
+
+def _wait(res: Residual, new: View, here: Array) -> Residual:
+    """`res` with one more entry where `here` bool [batch, kv_heads]."""
+    place = jnp.where(here, res.count, res.k.shape[2])[..., None]
 
     def put(x: Array, value: Array) -> Array:
         return jax.vmap(jax.vmap(lambda a, s, y: a.at[s].set(y, mode="drop")))(
             x, place, value.astype(x.dtype)
         )
 
-    res = Residual(
+    return Residual(
         put(res.k, new.store["k"]),
         put(res.v, new.store["v"]),
         None if res.pos is None else put(res.pos, new.pos),
-        res.count + valid.astype(jnp.int32),
+        res.count + here.astype(jnp.int32),
     )
-    return cache.put(i, layer.replace(residual=res), j, cache.pools[j])
+
+
+def _full(cache: KVCache, i: int, codec: Codec) -> Array:
+    """bool [batch, kv_heads]: the window of layer i has no room."""
+    return cache.layers[i].residual.count == codec.sink + codec.residual
 
 
 def _flushed_together(plan: Plan) -> tuple[int, ...]:
     """Layers whose windows are flushed under one branch."""
     codecs = [lp.policy.codec for lp in plan.layers]
-    return tuple(i for i, codec in enumerate(codecs) if codec.residual and codec.self_contained)
+    return tuple(i for i, c in enumerate(codecs) if c.residual and c.group > 1 and c.self_contained)
 
 
 def _flush_full(
@@ -257,8 +281,7 @@ def _flush_full(
     """Encode the oldest group of every full window of `layers` in the rows bool [batch, kv_heads] that append."""
 
     def full(cache: KVCache, i: int) -> Array:
-        codec = plan.layers[i].policy.codec
-        return valid & (cache.layers[i].residual.count == codec.sink + codec.residual)
+        return valid & _full(cache, i, plan.layers[i].policy.codec)
 
     def encode(cache: KVCache) -> KVCache:
         for i in layers:

@@ -15,6 +15,7 @@ SPECS = {
     "turboquant(bits=2.5, residual=8, rotation=hadamard, renormalise=True)": 0.32,
     "turboquant(bits=3, variant=prod, residual=16)": 0.5,
     "rotatekv(bits=4, sink=4, residual=16)": 0.2,
+    "rotatekv(bits=4, sink=80)": 0.1,  # no window: the last sinks come while decoding, then single tokens are encoded
     "bfp(bits=4, block=16, residual=8)": 0.2,
     "gear(bits=4, group=32, residual=32)": 0.12,
     "zipcache(segment=20, residual=20, probes=8)": 0.4,

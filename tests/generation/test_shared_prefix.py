@@ -61,6 +61,18 @@ def test_it_is_the_unshared_run():
     assert first.full_cache_bytes == dataclasses.replace(first.plan, prompt=64 + 37, reserve=0).nbytes()
 
 
+def test_rows_of_a_group_do_not_touch_each_other():
+    """Permuting the requests permutes the results, and another request's tokens change nothing of yours."""
+    a = generator()
+    prefix = a.share(PREFIX)
+    want, order = np.asarray(a.prefill(OWN, 4, prefix).logits), [2, 0, 1]
+    turned = np.asarray(a.prefill([OWN[i] for i in order], 4, prefix).logits)
+    np.testing.assert_allclose(turned, want[order], rtol=1e-5, atol=1e-5)
+    other = np.asarray(a.prefill([OWN[0], OWN[1], prompts(14, seed=9)[0]], 4, prefix).logits)
+    np.testing.assert_array_equal(other[:2], want[:2])
+    assert np.abs(other[2] - want[2]).max() > 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_sliding_window_reaches_into_the_prefix(chunk):

@@ -187,6 +187,10 @@ def test_sentencekv_scores_sentences_by_mean_query_and_mean_key():
         c = call(held, seed=70 + step, token_ids=np.full((B, 1), token))
         index = s.append(index, new, c)
         queries.append(np.asarray(c.q, np.float64)[:, :, 0])
+        if step == 3:  # one token after the boundary says nothing yet: all other sentences count alike
+            first = np.asarray(s.score(index, c)[0])
+            for b, n in enumerate(LENGTHS):
+                assert (first[b, :, : n + 3] == 0).all() and np.isposinf(first[b, :, n + 3]).all()
     mean = np.asarray(index["query"]) / np.asarray(index["queries"])[:, None, None]
     np.testing.assert_allclose(mean, (queries[3] + queries[4]) / 2, rtol=1e-4, atol=1e-5)
     scores = np.asarray(s.score(index, c)[0])

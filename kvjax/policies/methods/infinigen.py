@@ -21,7 +21,8 @@ def infinigen(
 ) -> Policy:
     """Entries whose logits, foreseen a layer ahead from `ratio` of the skewed channels, are within `alpha` of the largest.
 
-    read: the most entries per step and KV head (the paper's 20% of the tokens; its fast code takes 400). The skew comes from
+    alpha: the paper's 4 is for OPT, it has 5 for Llama-2. read: the most entries per step and KV head (the paper's 20% of the
+    tokens; its fast code takes 400). The skew comes from
     the prompt itself instead of a calibration prompt, so no constants are shipped; the next layer's whole query projection
     is read where the paper reads `ratio` of it. The first `skip_layers` layers read everything and stay on the device.
     """

@@ -25,8 +25,9 @@ def qaq(
 
     The paper's rule n_bits = ceil(log2(range / (2 e) + 1)), e = sqrt(12 / T) eps / a_t, makes a ranking by a_t, the
     largest attention of the last `window` queries. Storage is static here: of every `segment` tokens, `shares[i]`
-    get `bits[i]`, the most attended first, and eps follows from the shares. Each token keeps its `outliers`
-    largest and smallest channels exactly.
+    get `bits[i]`, the most attended first, and eps follows from the shares; keys, whose bits the paper sets by their range
+    alone, follow the same order. Each token keeps its `outliers` largest and smallest channels exactly. Codes span
+    the range of the rest, where the authors' are centred on the mean and clip skewed tails.
     """
     if len(bits) != len(shares) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"qaq: shares {shares} must add up to 1, one for each of bits {bits}")
