@@ -33,6 +33,7 @@ GAINS = {"peaked": (0.9, 1.2), "diffuse": (0.7, 1.1)}  # how far structure stand
 SPECS = (
     "xattention(stride=16)",
     "xattention(stride=8)",
+    "xattention(threshold=0.97, min_recall=0.85, spread=True)",
     "vertical_slash",
     "minference",
     "flexprefill",
