@@ -220,11 +220,9 @@ class Plan:
         return max(1, -(-(codec.encoded(entries) if codec.deferred else entries) // block)) * block
 
     def page(self, policy: Policy) -> int:
-        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec and the selector.
-
-        On a TPU also to 32 slots: the rows of a native tile of 1-byte codes, below which no kernel reads pages.
-        """
-        return math.lcm(self.page_size, _block(policy), 32 if self.platform == "tpu" else 1)
+        """Slots per page of the Ragged layout: `page_size`, raised to whole blocks of the codec and the selector, and to
+        what the platform's kernels read (`Codec.page_slots`)."""
+        return math.lcm(self.page_size, _block(policy), policy.codec.page_slots(self.platform))
 
     def block(self, i: int) -> int:
         """Slots that a selector of layer i chooses and reads as one."""

@@ -115,6 +115,13 @@ class Codec:
         """The codec of a cache that lives on "cpu", "gpu" or "tpu" ("": not known); for dtypes that one of them lacks."""
         return self
 
+    def page_slots(self, platform: str) -> int:
+        """Fewest slots of a page of the Ragged layout that a kernel of the platform reads.
+
+        TPU: 32, the rows of a native tile of 1-byte codes.
+        """
+        return 32 if platform == "tpu" else 1
+
     def constants(self, layer: int, shape: ModelShape) -> dict[str, np.ndarray]:
         """Calibration arrays of one layer, shared by all rows and requests as weights are; `Context.const`."""
         return {}
@@ -208,6 +215,10 @@ class PerToken(Codec):
         """Codes times scales."""
         k, v = formats.decode(self.kv_store(store))
         return k.astype(dtype), v.astype(dtype)
+
+    def page_slots(self, platform: str) -> int:
+        """GPU: 64, a step of the Hopper kernel."""
+        return 64 if platform == "gpu" else super().page_slots(platform)
 
     def kv_store(self, store: Store) -> KVStore:
         """Codes and scales as they are."""
