@@ -147,7 +147,7 @@ def test_ahead_chooses_with_the_next_layers_projection():
 def test_what_does_not_compose_says_why(spec, words):
     with pytest.raises(ValueError, match=words):
         Plan(P.parse(spec), LM.shape, 1, 64, 8)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="recent must be at least 0"):
         P.parse("quest | offload(recent=-1)")
 
 
