@@ -10,32 +10,27 @@ that lie elsewhere are behind the local lengths and are not fetched.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from kvjax.sharding import DEFAULT_RULES, Rules
 from kvjax.types import Array
 from pallas_kernels import decode_attention as decode_op
 from pallas_kernels.formats import KVStore
 from pallas_kernels.merge_partials import merge_partials
+from pallas_kernels.platform import split_axes
 
 
 def page_axes(pages: int, rules: Rules = DEFAULT_RULES) -> tuple[str, ...] | None:
     """Mesh axes that a pool of `pages` is spread over; None where they are not all that XLA splits here, or do not divide it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-        if size > 1 and kind != AxisType.Manual
-    }
+    split = split_axes()
     (part,) = rules.spec(("pages",), tuple(split))
     names = () if part is None else (part,) if isinstance(part, str) else tuple(part)
-    ways = 1
-    for name in names:
-        ways *= split[name]
+    ways = math.prod(split[name] for name in names)
     return names if names and set(names) == set(split) and pages % ways == 0 else None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from kvjax.paged_shards import decode_paged, page_axes
 from kvjax.sharding import DEFAULT_RULES, Rules
@@ -18,16 +18,12 @@ from kvjax.types import Array
 from pallas_kernels import decode_attention as decode_op
 from pallas_kernels import prefill_attention as prefill_op
 from pallas_kernels.formats import KVStore
+from pallas_kernels.platform import split_axes
 
 
 def partition(batch: int, kv_heads: int, rules: Rules = DEFAULT_RULES) -> PartitionSpec | None:
     """Mesh axes of [batch, kv_heads] if they use up every axis that XLA splits here, else None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-        if size > 1 and kind != AxisType.Manual
-    }
+    split = split_axes()
     spec = rules.spec(("batch", "kv_heads"), tuple(split))
     used: list[str] = []
     for size, part in zip((batch, kv_heads), spec):

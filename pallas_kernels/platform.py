@@ -52,6 +52,16 @@ def choose_implementation(
     return requested
 
 
+def split_axes() -> dict[str, int]:
+    """Axes of the ambient mesh that XLA splits by itself, with their sizes; axes of size 1 are left out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
+        if size > 1 and kind != jax.sharding.AxisType.Manual
+    }
+
+
 def require_platform(wanted: str) -> str | None:
     """None if a kernel for `wanted` can run in the current trace, else the reason to give for refusing.
 
@@ -61,12 +71,7 @@ def require_platform(wanted: str) -> str | None:
     have = target_platform()
     if have != wanted:
         return f"it needs a {wanted.upper()} and this trace is for {have}"
-    mesh = jax.sharding.get_abstract_mesh()
-    split = [
-        name
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types)
-        if size > 1 and kind != jax.sharding.AxisType.Manual
-    ]
+    split = list(split_axes())
     return f"mesh axes {split} are split by XLA; call it inside jax.shard_map" if split else None
 
 

@@ -47,9 +47,8 @@ def applies(plan: Plan, i: int) -> bool:
 class Cascade:
     """What is known of the layers so far, within one call; n of them."""
 
-    pool: Pool | None = (
-        None  # where they go while layers to come are read from the cache's; None: to the cache's
-    )
+    # Where they go while layers to come are read from the cache's own pool; None: into that one.
+    pool: Pool | None = None
     stats: tuple[Any, ...] = ()  # what the allocator measured of each
     fixed: tuple[Array, ...] = ()  # int32 [batch, kv_heads] protected entries of each
     had: tuple[Array, ...] = ()  # int32 [batch, kv_heads] entries that each came with

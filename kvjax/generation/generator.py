@@ -55,9 +55,8 @@ class Generator:
 
     def __post_init__(self) -> None:
         if self.policy.placement is not None and self.mesh is not None and self.mesh.size > 1:
-            raise ValueError(
-                f"{self.policy.name}: offload works on one device, the mesh has {self.mesh.size}"
-            )
+            name, size = self.policy.name, self.mesh.size
+            raise ValueError(f"{name}: offload works on one device, the mesh has {size}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"the prefill chunk must be at least 1 token, got {self.chunk}")
 
