@@ -170,7 +170,7 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
     ]
     if plan.weights:
         out_type += layout.shapes(rows)
-    scratch = gpu_memory.scratch(plan, window, store, fields, copies)
+    scratch = gpu_memory.scratch(plan, window, store, fields)
     names = ["q", "lengths", *fields]
     names += ["table"] if table is not None else []
     names += ["blocks", "counts"] if blocks is not None else []
@@ -187,7 +187,7 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
         row, part = lax.axis_index("row"), lax.axis_index("part")
         split = part - before
         length = ref["lengths"][row]
-        raw = {n: _raw(r) for n, r in scr.items() if n != "barrier"}
+        raw = {n: _raw(r) for n, r in scr.items()}
         shared = {n: raw[n] for n in ("q_tile", "p_tile", "scratch", "column_scales")}
         if plan.causal:
             shared["q_positions"] = ref["q_positions"].at[lax.div(row, kv_heads)]
@@ -245,9 +245,11 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
             ratio = block_size // block
             return ref["blocks"][row, lax.div(i, ratio)] * block_size + lax.rem(i, ratio) * block
 
+        copied = [*fields, "positions"] if plan.positions else fields
+        sources, targets = ({n: x[n] for n in copied} for x in (ref, raw))
+
         def fetch(i, stage):
-            first = first_slot(i)
-            barrier = scr["barrier"].at[stage]
+            first, places = first_slot(i), []
             for c in range(copies):
                 slot = first + c * unit
                 if table is None:
@@ -255,20 +257,20 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
                 else:
                     safe = jnp.minimum(slot, jnp.maximum(length - 1, 0))
                     base, inside = ref["table"][row, lax.div(safe, page)], lax.rem(slot, page)
-                for name in fields:
-                    gpu_memory.copy(
-                        plan, name, ref[name], scr[name].at[stage], base, inside, page, per, unit, c, barrier
-                    )
+                places.append({n: gpu_memory.place(plan, n, base, inside, page, per) for n in fields})
             if plan.positions:
-                plgpu.copy_gmem_to_smem(
-                    ref["positions"].at[row, pl.ds(first, block)], scr["positions"].at[stage], barrier
-                )
+                places[0]["positions"] = (row, first)
+            _inline(gpu_memory.start_copies(plan, unit), stage, places, sources, targets, raw["barrier"])
 
-        for s in range(stages - 1):
+        _inline(gpu_memory.start_barriers(plan), raw["barrier"])
 
-            @pl.when(start + s < end)
-            def _(s=s):
-                fetch(start + s, s)
+        @pl.core_map(plgpu.WarpMesh(axis_name="warp"))
+        def _():
+            for s in range(stages - 1):
+
+                @pl.when((lax.axis_index("warp") == 0) & (start + s < end))
+                def _(s=s):
+                    fetch(start + s, jnp.int32(s))
 
         _inline(
             gpu_queries.load_queries(plan),
@@ -283,8 +285,16 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
                 gpu_queries.query_pairs(plan), ref["q"].at[row], result=gpu_queries.query_pair_registers(plan)
             )
 
-        def scale(stage, buffer):
-            plgpu.barrier_wait(scr["barrier"].at[stage])
+        def stage_of(turn):
+            return jnp.where(turn >= stages, turn - stages, turn)
+
+        def arrive(turn):
+            parity = (turn >= stages).astype(jnp.int32)
+            _inline(gpu_memory.await_stage(plan), raw["barrier"], stage_of(turn), parity)
+
+        def scale(turn, buffer):
+            arrive(turn)
+            stage = stage_of(turn)
             _inline(gpu_queries.scale_queries(plan), pairs, raw["k_scale"].at[stage], raw["k_zero"].at[stage],
                     raw["q_tile"], buffer)  # fmt: skip
 
@@ -292,13 +302,15 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
 
             @pl.when(start < end)
             def _():
-                scale(0, 0)
+                scale(jnp.int32(0), 0)
 
             _inline(_sync)
 
         def one(i, carry):
-            state, stage, buffer = carry
-            following = jnp.where(stage == stages - 1, 0, stage + 1)
+            # The turn of a step is its number modulo two rounds of the stages: stage, round and buffer follow from it.
+            state, turn = carry
+            following = jnp.where(turn == 2 * stages - 1, 0, turn + 1)
+            stage, buffer = stage_of(turn), turn & 1
             scores = []
             if plan.packed:
                 scores = [_inline(gpu_products.start_scores(plan), raw["k"].at[stage], raw["q_tile"], buffer,
@@ -309,7 +321,7 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
                     scale(following, 1 - buffer)
 
             else:
-                plgpu.barrier_wait(scr["barrier"].at[stage])
+                arrive(turn)
             args = shared | {n: raw[n].at[stage] for n in fields}
             if plan.positions:
                 args["positions"] = raw["positions"].at[stage]
@@ -328,9 +340,9 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
 
             state = _inline(gpu_products.attend_values(plan), state, buffer, raw["v"].at[stage], raw["p_tile"],
                             result=plan.state_registers)  # fmt: skip
-            return state, following, 1 - buffer
+            return state, following
 
-        state, _, _ = lax.fori_loop(start, end, one, (state, jnp.int32(0), jnp.int32(0)))
+        state, _ = lax.fori_loop(start, end, one, (state, jnp.int32(0)))
         _inline(gpu_step.write_partial(plan), state, raw["scratch"], out.at[row, part], lse.at[row, part])
 
     kernel = plgpu.kernel(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
 
+from pallas_kernels import ptx
 from pallas_kernels.formats import EIGHT_BIT, PACKED_BITS
 
 Array = jax.Array
@@ -27,7 +32,7 @@ def _tiling(dtype) -> tuple:
     return plgpu.TilingTransform((8, 128 // size)), plgpu.SwizzleTransform(128)
 
 
-def scratch(plan, window, store, fields, copies) -> dict:
+def scratch(plan, window, store, fields) -> dict:
     """Shared memory: stages of every field, the q and P tiles, and small areas."""
     stages = plan.stages
     shapes = {"k": (plan.k_rows, plan.dim), "v": (plan.k_rows, plan.dim)}
@@ -54,26 +59,102 @@ def scratch(plan, window, store, fields, copies) -> dict:
         out["reference_tile"] = plgpu.SMEM((2 * plan.reference_columns,), jnp.float32)
     out["scratch"] = plgpu.SMEM((4 * 4 * max(2, *(p.logical for p in plans)),), jnp.float32)
     out["column_scales"] = plgpu.SMEM((max(32, *(p.n_scores for p in plans)),), jnp.float32)
-    arrivals = copies * len(fields)
     if plan.positions:
         out["positions"] = plgpu.SMEM((stages, plan.block), jnp.int32)
-        arrivals += 1
-    out["barrier"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+    out["barrier"] = plgpu.SMEM((2 * stages,), jnp.int32)  # 8 bytes a stage
     return out
 
 
-def copy(plan, name, source, target, base, inside, page, per, unit, c, barrier) -> None:
-    """Copy one unit of one field: `base` is the page (or the row), `inside` the slot in it."""
+def start_barriers(plan):
+    """Inline function (barriers): every stage's barrier awaits one arrival, that of the thread which starts its copies."""
+
+    def body(ctx, barriers):
+        address = ptx.smem_address(barriers)
+
+        def start():
+            for stage in range(plan.stages):
+                ptx.asm(f"mbarrier.init.shared::cta.b64 [$0], 1; // {stage}", "", [address + 8 * stage])
+            ptx.asm("fence.mbarrier_init.release.cluster;", "")
+            return []
+
+        ptx.if_(ptx.thread_index().equals(0), start)
+        ptx.fence_async()
+        ptx.barrier()
+
+    return body
+
+
+def await_stage(plan):
+    """Inline function (barriers, stage, parity): wait for the copies of a stage; parity counts its rounds modulo 2."""
+
+    def body(ctx, barriers, stage, parity):
+        _barrier(barriers, stage).wait_parity(arith.trunci(ir.IntegerType.get_signless(1), _value(parity)))
+
+    return body
+
+
+def start_copies(plan, unit: int):
+    """Inline function (stage, places, sources, targets, barriers) of one warp: the copies of a step into a stage.
+
+    One thread announces the bytes of all of them: an arrival a copy and lane, as `copy_gmem_to_smem` makes, keeps the
+    warp busy for longer than the addresses do.
+
+    stage: scalar. places: per part of the step and field (and "positions"), what `place` returns. sources,
+    targets: refs by name, targets as they lie in memory, with all stages.
+    """
+
+    def body(ctx, stage, places, sources, targets, barriers):
+        one = mgpu.utils.single_thread_predicate(mgpu.utils.ThreadSubset.WARP)
+        barrier, stage = _barrier(barriers, stage), _index(stage)
+        into = {name: mgpu.memref_slice(target, stage) for name, target in targets.items()}
+        total = sum(math.prod(ir.MemRefType(x.type).shape) * mgpu.bitwidth(ir.MemRefType(x.type).element_type) // 8
+                    for x in into.values())  # fmt: skip
+        barrier.arrive_expect_tx(total, predicate=one)
+        for c, part in enumerate(places):
+            for name, at in part.items():
+                target, extra = into[name], {}
+                if name in ("k", "v"):
+                    per = plan.block // plan.k_rows
+                    rows = unit // per
+                    tile = ir.MemRefType(target.type).shape[-1]
+                    extra = dict(gmem_transform=(mgpu.TileTransform((8, tile)),), swizzle=128)
+                    window = (mgpu.ds(_index(at[0]), rows), slice(None))
+                    inside = slice(c * rows // 8, (c + 1) * rows // 8)
+                elif name in ("k_scale", "k_zero") and plan.packed:
+                    window, inside = (mgpu.ds(_index(at[0]), plan.key_groups), slice(None)), slice(None)
+                elif name in ("v_scale", "v_zero") and plan.packed:
+                    window = (_index(at[0]), slice(None), mgpu.ds(_index(at[1]), unit))
+                    inside = slice(None)
+                elif name == "positions":
+                    window, inside = (_index(at[0]), mgpu.ds(_index(at[1]), plan.block)), slice(None)
+                else:
+                    window, inside = (mgpu.ds(_index(at[0]), unit),), slice(c * unit, (c + 1) * unit)
+                if inside != slice(None):
+                    target = mgpu.memref_slice(target, inside)
+                ctx.async_copy(src_ref=sources[name], dst_ref=target, gmem_slice=window, barrier=barrier, arrive=False,
+                               predicate=one, **extra)  # fmt: skip
+
+    return body
+
+
+def place(plan, name: str, base, inside, page: int, per: int) -> tuple:
+    """Where a field's unit starts in its flat array: `base` is the page (or the row), `inside` the slot in it."""
     if name in ("k", "v"):
-        rows = unit // per
-        at = pl.ds(base * (page // per) + lax.div(inside, per), rows)
-        part = target if unit == plan.block else target.at[pl.ds(c * rows, rows)]
-        plgpu.copy_gmem_to_smem(source.at[at], part, barrier)
-    elif plan.split:
-        part = target if unit == plan.block else target.at[pl.ds(c * unit, unit)]
-        plgpu.copy_gmem_to_smem(source.at[pl.ds(base * page + inside, unit)], part, barrier)
-    elif name in ("k_scale", "k_zero"):
-        at = base * (page // plan.group) + lax.div(inside, plan.group)
-        plgpu.copy_gmem_to_smem(source.at[pl.ds(at, plan.key_groups)], target, barrier)
-    else:
-        plgpu.copy_gmem_to_smem(source.at[base, :, pl.ds(inside, unit)], target, barrier)
+        return (base * (page // per) + lax.div(inside, per),)
+    if plan.split:
+        return (base * page + inside,)
+    if name in ("k_scale", "k_zero"):
+        return (base * (page // plan.group) + lax.div(inside, plan.group),)
+    return (base, inside)
+
+
+def _value(x) -> ir.Value:
+    return ptx.scalar(x).value
+
+
+def _index(x) -> ir.Value:
+    return arith.index_cast(ir.IndexType.get(), _value(x))
+
+
+def _barrier(barriers: ir.Value, stage) -> mgpu.utils.BarrierRef:
+    return mgpu.utils.BarrierRef(mgpu.utils.memref_ptr(barriers), _value(stage), None, 1)
