@@ -248,6 +248,10 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
         lp = plan.layers[i]
         policy = lp.policy
         evict = policy.compresses and policy.evict_decode
+        chosen = None
+        if selecting.foresees(plan, cache, i):
+            with jax.named_scope("prefetch"):
+                chosen, cache = selecting.choose_ahead(plan, cache, x)
         cache = _append(plan, cache, x)
         want_mass = evict and "mass" in policy.needs
         with jax.named_scope("decode_attention"):
@@ -259,7 +263,12 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
                 result = compensation.stored_attention(plan, cache, x, implementation=implementation), None
             elif selecting.active(plan, i):
                 out, second, cache = selected_attention(
-                    plan, cache, x, return_lse=prefix is not None, implementation=implementation
+                    plan,
+                    cache,
+                    x,
+                    chosen=chosen,
+                    return_lse=prefix is not None,
+                    implementation=implementation,
                 )
                 result = out, second
             else:
@@ -277,7 +286,11 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
         out, mass = result
         out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:
-            return out, _remember(plan, cache, x)
+            cache = _remember(plan, cache, x)
+            if cache.ahead is not None:  # the next layer's choice starts here, beside this layer's MLP
+                out, ahead = jax.lax.optimization_barrier((out, cache.ahead))
+                cache = cache.replace(ahead=ahead)
+            return out, cache
         with jax.named_scope("evict"):
             entries = ops.view(plan, cache, i)
             ctx = ops.context(plan, i, entries.pos, x.inv_freq)

@@ -198,5 +198,11 @@ def _free_host_memory() -> int | None:
 
 def compilations() -> int:
     """Programs compiled so far for prefill, extension and decoding."""
-    functions: list[Any] = [engine.prefill, engine.extend, engine.begin, engine.decode]
+    functions: list[Any] = [
+        engine.prefill,
+        engine.extend,
+        engine.begin,
+        engine.decode,
+        engine.decode_overlapping,
+    ]
     return sum(f._cache_size() for f in functions)

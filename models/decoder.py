@@ -159,7 +159,8 @@ def _block(
 
 def _queries(layer: Layer, config: ModelConfig, h: Array, tables: tuple[np.ndarray, Array, Array]) -> Array:
     """A layer's queries after RoPE [batch, q_heads, tokens, head_dim] of its input h [batch, tokens, embed]."""
-    q = jnp.einsum("bte,ekgd->btkgd", h, layer.qkv[:, :, :-2])
+    # All of the projection: a slice of the weights would be copied at every step.
+    q = jnp.einsum("bte,ekgd->btkgd", h, layer.qkv)[..., :-2, :]
     if layer.qkv_bias is not None:
         q = q + layer.qkv_bias[:, :-2]
     q = q.transpose(0, 2, 3, 1, 4).reshape(h.shape[0], config.q_heads, h.shape[1], config.head_dim)

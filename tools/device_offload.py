@@ -128,7 +128,9 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
 
     def steps(state, host, name):
         start = time.perf_counter()
-        state = engine.decode(lm, plan, params, state, settings, stops, limits, np.int32(STEPS), host=host)
+        state = engine.decoder(plan)(
+            lm, plan, params, state, settings, stops, limits, np.int32(STEPS), host=host
+        )
         state.tokens.block_until_ready()
         times[name].append((time.perf_counter() - start) / STEPS)
         return state
@@ -191,7 +193,9 @@ def main() -> None:
     first = [f"{quest} | offload"] if args.capped else [quest, f"{quest} | offload"]
     cases = [(spec, args.batch) for spec in first]
     if not args.capped:
+        foreseen = "shadowkv(read=1024, ahead=True)"
         cases += [("shadowkv(read=1024)", args.batch), ("shadowkv(read=1024)", 1)]
+        cases += [(foreseen, 1), (foreseen, 2), (foreseen, args.batch), (f"{quest} | offload(ahead=True)", 1)]
     if args.disk:
         near = ("memory=0", f"memory={1 << 36}")
         cases += [(f"{quest} | offload(disk={args.disk!r}, {memory})", args.batch) for memory in near]

@@ -112,6 +112,11 @@ def fetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, 
     supplied: fields [batch, kv_heads, n * block, ...] that the selector computes instead of fetching them. Blocks that are
     held or not wanted point at block 0: the same few rows, which the device's cache serves after the first read.
     """
+    return with_tail(plan, prefetch(plan, cache, i, table, supplied), i)
+
+
+def prefetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, Array]) -> KVCache:
+    """`fetch` without the blocks of the tail, whatever is stored there meanwhile; `with_tail` adds those."""
     lp, layer = plan.layers[i], cache.layers[i]
     pool, block, fields = cache.pools[lp.pool], plan.block(i), _fields(plan, i)
     index = dict(layer.index)
@@ -126,7 +131,6 @@ def fetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, 
         pages = paging.read(plan, cache, i, table, missing, names)
     for name, tail in pool.store.items():
         field, held = fields[name], index[f"held.{name}"]
-        near = _take(tail, field, block, late)
         if name in supplied:
             far = supplied[name].astype(tail.dtype)
         else:
@@ -134,11 +138,27 @@ def fetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, 
             moved = pages[name] if lp.on_disk else _take(pool.host[name], field, block, wanted)
             kept = _take(held, field, block, place)
             far = jnp.where(_spread(hit, field, block, kept), kept, _restore(moved, tail.dtype))
-        index[f"held.{name}"] = jnp.where(_spread(late >= 0, field, block, near), near, far)
+        index[f"held.{name}"] = far
     index["held"] = table
     index["moved"] = jnp.sum(missing, axis=-1, dtype=jnp.int32)
+    return _with_index(cache, i, index)
+
+
+def with_tail(plan: Plan, cache: KVCache, i: int) -> KVCache:
+    """The blocks that layer i reads at this step, those of its tail as the tail is now."""
+    layer, block, fields = cache.layers[i], plan.block(i), _fields(plan, i)
+    index = dict(layer.index)
+    late = index["held"] - layer.start[..., None] // block
+    for name, tail in cache.pools[plan.layers[i].pool].store.items():
+        near = _take(tail, fields[name], block, late)
+        in_tail = _spread(late >= 0, fields[name], block, near)
+        index[f"held.{name}"] = jnp.where(in_tail, near, index[f"held.{name}"])
+    return _with_index(cache, i, index)
+
+
+def _with_index(cache: KVCache, i: int, index: dict[str, Array]) -> KVCache:
     layers = list(cache.layers)
-    layers[i] = layer.replace(index=index)
+    layers[i] = layers[i].replace(index=index)
     return cache.replace(layers=tuple(layers))
 
 

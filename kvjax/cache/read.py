@@ -142,19 +142,25 @@ def selected_attention(
     cache: KVCache,
     x: AttentionInputs,
     *,
+    chosen: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, Array | None, KVCache]:
     """(out [batch, q_heads, 1, head_dim] in q's dtype, None, cache): attention over what the layer's selector chooses.
 
-    return_lse: (out f32, lse f32 [batch, q_heads, 1], cache).
+    chosen: int32 [batch, kv_heads, n], blocks that `selecting.choose_ahead` has fetched. return_lse: (out f32, lse f32
+    [batch, q_heads, 1], cache).
     """
     selector = plan.layers[x.layer].policy.selector
-    with jax.named_scope("select"):
-        blocks, cache = selecting.choose(plan, cache, x)
-    if placing.offloaded(plan, x.layer):
+    if chosen is not None:
         with jax.named_scope("fetch"):
-            blocks, cache = selecting.fetch(plan, cache, x, blocks)
+            blocks, cache = chosen, placing.with_tail(plan, cache, x.layer)
+    else:
+        with jax.named_scope("select"):
+            blocks, cache = selecting.choose(plan, cache, x)
+        if placing.offloaded(plan, x.layer):
+            with jax.named_scope("fetch"):
+                blocks, cache = selecting.fetch(plan, cache, x, blocks)
     if not (selector.biased or selector.estimates):
         out, lse = stored_attention(
             plan, cache, x, blocks=blocks, return_lse=return_lse, implementation=implementation

@@ -270,14 +270,49 @@ def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:
 
 def fetch(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> tuple[Array, KVCache]:
     """(the table in ascending order, the cache with its blocks on the device), for an offloaded layer."""
-    i, table = x.layer, ascending(table)
-    selector, supplied = plan.layers[i].policy.selector, {}
-    if selector.supplies:
-        own = _own(cache.layers[i].index)[0]
-        supplied = selector.supply(
-            own, _call(plan, cache, x), slot_numbers(jnp.maximum(table, 0), plan.block(i))
-        )
-    return table, placing.fetch(plan, cache, i, table, supplied)
+    table = ascending(table)
+    return table, placing.fetch(plan, cache, x.layer, table, _supplied(plan, cache, x, table))
+
+
+def _supplied(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> dict[str, Array]:
+    """Fields of the table's blocks that the selector computes."""
+    selector = plan.layers[x.layer].policy.selector
+    if not selector.supplies:
+        return {}
+    own = _own(cache.layers[x.layer].index)[0]
+    slots = slot_numbers(jnp.maximum(table, 0), plan.block(x.layer))
+    return selector.supply(own, _call(plan, cache, x), slots)
+
+
+def foresees(plan: Plan, cache: KVCache, i: int) -> bool:
+    """True when this step's blocks of layer i are chosen and fetched before the layer has its token (`choose_ahead`)."""
+    known = cache.ahead is not None and active(plan, i) and not plan.layers[i].policy.codec.deferred
+    return known and placing.offloaded(plan, i)
+
+
+def choose_ahead(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCache]:
+    """`choose` and `fetch` with the queries that the layer before foresaw: (ascending table, cache).
+
+    Nothing here waits for what layer `x.layer` computes from its token, so that the fetch may run beside the layer
+    before's MLP. Selectors always read the newest entry, so the token's own block is chosen; once the token is stored,
+    `placing.with_tail` fills it in.
+    """
+    i, before = x.layer, cache.layers[x.layer].fill
+    new = jnp.any(x.positions >= 0, axis=1).astype(before.dtype)[:, None]
+    table, cache = choose(plan, _with_fill(cache, i, before + new), x)
+    table = ascending(table)
+    cache = placing.prefetch(plan, cache, i, table, _supplied(plan, cache, x, table))
+    cache = _with_fill(cache, i, before)
+    index = cache.layers[i].index
+    held = {n: x for n, x in index.items() if n.startswith("held")}
+    held = jax.lax.optimization_barrier(held)  # or the fetch fuses with what waits for the token
+    return table, _put(plan, cache, i, {**index, **held})
+
+
+def _with_fill(cache: KVCache, i: int, fill: Array) -> KVCache:
+    layers = list(cache.layers)
+    layers[i] = layers[i].replace(fill=fill)
+    return cache.replace(layers=tuple(layers))
 
 
 def slots_read(table: Array, fill: Array, block: int) -> Array:

@@ -268,8 +268,7 @@ def begin(
     return _emit(_without_failed(state), logits, settings, stop, limit)
 
 
-@functools.partial(jax.jit, static_argnames=("lm", "plan", "implementation"), donate_argnames=("state",))
-def decode(
+def _decode(
     lm: LanguageModel,
     plan: Plan,
     params: Any,
@@ -302,3 +301,23 @@ def decode(
         return i + 1, _emit(_without_failed(state.replace(cache=cache)), logits, settings, stop, limit)
 
     return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+
+
+_LOOP: dict[str, Any] = dict(static_argnames=("lm", "plan", "implementation"), donate_argnames=("state",))
+decode = jax.jit(_decode, **_LOOP)
+# CUDA graphs with a branch for what does not depend on the rest: a fetch from host memory runs under the weights' products.
+# Graphs of one kernel too, or a layer's fetch and the products before it fall into different ones.
+decode_overlapping = jax.jit(
+    _decode,
+    **_LOOP,
+    compiler_options={
+        "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+        "xla_gpu_graph_min_graph_size": 1,
+    },
+)
+
+
+def decoder(plan: Plan) -> Any:
+    """`decode`, compiled so that fetches which were foreseen overlap with the layers before them where that works (GPU)."""
+    overlaps = jax.default_backend() == "gpu" and plan.policy.looks_ahead and placing.offloads(plan)
+    return decode_overlapping if overlaps else decode

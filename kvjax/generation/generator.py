@@ -357,7 +357,7 @@ class Session:
                 if to_host(state.done).all():
                     break
                 steps = np.int32(every if streaming else room)
-                state = engine.decode(
+                state = engine.decoder(self.plan)(
                     g.lm,
                     self.plan,
                     g.params,

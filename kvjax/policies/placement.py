@@ -20,8 +20,10 @@ class Offload:
     selector skips, and layers with a sliding window, stay on the device. Without a selector every step moves everything.
 
     recent: newest entries of the prompt that stay on the device, beside those that the selector always reads.
-    ahead: choose for the next layer with this layer's input, so that its fetch depends on nothing that is still to be
-    computed (InfiniGen's speculation); it reads the next layer's query projection once more.
+    ahead: choose for the next layer with this layer's input (InfiniGen's speculation), so that its fetch waits for nothing
+    that is still to be computed and runs beside this layer's MLP (on a GPU in a branch of the step's graph:
+    `kvjax.generation.engine.decoder`); it reads the next layer's projections once more. Codecs with a window choose when
+    the token is stored.
     disk: a directory; complete pages of the prompt then live in files there (`kvjax.cache.disk`), and host memory holds
     up to `memory` bytes of those that were read last, all layers and rows together. keep: leave the files when the cache
     is released.

@@ -51,6 +51,48 @@ def test_offloaded_equals_on_device_to_the_bit(spec):
     assert plan.device_nbytes() + plan.host_nbytes() == plan.nbytes()
 
 
+@pytest.mark.parametrize(
+    "spec", ["quest(read=1.0, page=4, skip_layers=0)", "quest(read=1.0, page=4, skip_layers=0) | int8"]
+)
+def test_what_is_fetched_before_the_token_is_stored_is_complete(spec):
+    """Everything is read, so that foreseen queries choose what true ones do; new tokens begin pages of their own."""
+    plan, _, got, after = run(f"{spec} | offload(ahead=True)")
+    _, _, want, base = run(spec)
+    assert np.array_equal(got, want)
+    for i, (layer, other) in enumerate(zip(after.layers, base.layers)):
+        assert np.array_equal(layer.fill, other.fill)
+        table = np.asarray(layer.index["held"])
+        for b, h in np.ndindex(3, 2):
+            pages = -(-int(layer.fill[b, h]) // 4)
+            assert sorted(table[b, h][table[b, h] >= 0]) == list(range(pages))
+        for name, x in placing.whole_store(plan, after, i).items():
+            held = layer.index[f"held.{name}"]
+            for b, h in np.ndindex(3, 2):
+                n = int(layer.fill[b, h])
+                assert np.array_equal(held[b, h, :n], x[b, h, :n])
+
+
+def test_the_newest_entry_is_read_though_it_was_not_stored_when_others_were_chosen():
+    _, _, _, after = run("exact_topk(read=8, sink=0, recent=1, skip_layers=0) | offload(ahead=True)")
+    for layer in after.layers[1:]:
+        newest = np.asarray(layer.fill) - 1
+        assert (np.asarray(layer.index["held"]) == newest[..., None]).any(-1).all()
+
+
+def test_only_foreseen_fetches_on_a_gpu_run_beside_other_kernels(monkeypatch):
+    plans = [
+        Plan(P.parse(f"{QUEST}{x}"), LM.shape, 1, 160, 16)
+        for x in ("", " | offload", " | offload(ahead=True)")
+    ]
+    assert all(engine.decoder(plan) is engine.decode for plan in plans)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [engine.decoder(plan) for plan in plans] == [
+        engine.decode,
+        engine.decode,
+        engine.decode_overlapping,
+    ]
+
+
 def test_without_a_selector_every_step_moves_everything():
     plan, _, _, after = run("int8 | offload")
     slots = sum(int(layer.start.sum()) for layer in after.layers)
