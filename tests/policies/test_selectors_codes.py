@@ -79,6 +79,48 @@ def test_with_a_word_for_every_key_logits_are_exact_and_the_tail_completes_atten
             np.testing.assert_allclose(np.asarray(out)[b, h, 0], mean, rtol=1e-4, atol=1e-5)
 
 
+def combined(logits, over):
+    """f64 [slots]: one score of the logits f64 [groups, slots] of what is stored."""
+    if over.startswith("softmax"):
+        logits = np.exp(logits - logits.max(-1, keepdims=True))
+        logits /= logits.sum(-1, keepdims=True)
+    return logits.max(0) if over.endswith("max") else logits.mean(0)
+
+
+@pytest.mark.parametrize("over", ["max", "mean", "softmax_max", "softmax_mean"])
+@pytest.mark.parametrize("page", [4, 16])
+def test_a_page_has_the_largest_score_of_its_entries(page, over):
+    held = entries(LENGTHS, N)
+    options = dict(parts=4, bits=4, rounds=2, over=over)
+    index, c = built(ProductCodes(12, **options), held)
+    paged, same = (
+        ProductCodes(12, **options, page=page),
+        built(ProductCodes(12, **options, page=page), held)[0],
+    )
+    assert {n: a.tolist() for n, a in same.items()} == {n: a.tolist() for n, a in index.items()}
+    got = np.asarray(paged.score(same, c)[0])
+    assert got.shape == (B, H, N // page) and not np.isnan(got).any()
+    books, codes = np.asarray(index["books"], np.float64), np.asarray(unpack(index["codes"], 4, 4))
+    for b in range(B):
+        for h in range(H):
+            words = books[b, h][np.arange(4), codes[b, h, : LENGTHS[b]]].reshape(LENGTHS[b], -1)
+            each = combined(np.asarray(c.grouped, np.float64)[b, h] @ words.T * SCALE, over)
+            want = [each[i : i + page].max() for i in range(0, LENGTHS[b], page)]
+            np.testing.assert_allclose(got[b, h, : len(want)], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tail_of_pages_is_that_of_their_entries():
+    held = entries(LENGTHS, N)
+    options = dict(parts=2, bits=4, rounds=2, tail=True)
+    index, c = built(ProductCodes(12, **options), held)
+    pages = np.zeros((B, H, N // 4), bool)
+    pages[:, :, [0, 3]] = True
+    want = ProductCodes(12, **options).estimate(index, c, jnp.asarray(np.repeat(pages, 4, axis=2)))
+    got = ProductCodes(12, **options, page=4).estimate(index, c, jnp.asarray(pages))
+    for a, b in zip(got, want):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_the_finer_code_ranks_the_shortlist_and_only_it():
     s = RefinedCodes(4, parts=2, bits=4, fine_parts=4, fine_bits=4, shortlist=0.25, rounds=8, over="max")
     held = entries(LENGTHS, N)
@@ -232,6 +274,7 @@ def test_magicpig_averages_to_attention_over_hashes():
     "spec, word",
     [
         ("pqcache(bits=9)", "bits"),
+        ("pqcache(page=0)", "unit"),
         ("a2ats(codes=0)", "codes"),
         ("magicpig(tables=1)", "tables"),
         ("pq_refined(shortlist=0)", "shortlist"),

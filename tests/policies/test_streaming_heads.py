@@ -91,6 +91,7 @@ CODES = "pqcache(read=0.5, parts=2, bits=4, recent=1, sink=0)"
     [
         (QUEST, MIXED),
         (EXACT, WHOLE),
+        (CODES.replace(")", ", page=4)"), MIXED),
         pytest.param(EXACT, MIXED, marks=pytest.mark.slow),
         pytest.param(QUEST, WHOLE, marks=pytest.mark.slow),
         pytest.param(CODES, MIXED, marks=pytest.mark.slow),

@@ -22,7 +22,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class ProductCodes(Selector):
-    """Entries of largest approximate logit: each of `parts` slices of a key is one of 2**bits codewords (PQCache).
+    """Entries, or pages, of largest approximate logit: each of `parts` slices of a key is one of 2**bits words (PQCache).
 
     Codebooks are learned per prompt and KV head by k-means; new entries are encoded once, when they are appended.
     Index: codes uint8 [batch, kv_heads, slots, parts * bits / 8] (a byte a part where the bits do not fill whole
@@ -30,7 +30,8 @@ class ProductCodes(Selector):
     (slots that are encoded), and with `tail` total f32 [batch, kv_heads, head_dim] (sum of all values).
 
     tail: the entries that are not read join the attention as one, with the mean value of all entries and the mass that
-    their approximate logits give: what is read is no longer taken for the whole.
+    their approximate logits give: what is read is no longer taken for the whole. page: consecutive slots that are chosen
+    and read as one, by the largest score among them; the index is that of single entries.
     """
 
     parts: int = 2
@@ -38,6 +39,12 @@ class ProductCodes(Selector):
     rounds: int = 10
     tail: bool = False
     over: str = "softmax_max"
+    page: int = 1
+
+    @property
+    def unit(self) -> int:  # type: ignore[override]
+        """Slots per page."""
+        return self.page
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,14 +137,16 @@ class ProductCodes(Selector):
         return jnp.where(stored[:, :, None], logits, -jnp.inf)
 
     def score(self, index: Index, call: Call) -> tuple[Array, Index]:
-        """The group's approximate logits."""
+        """The group's approximate logits, of a page the largest."""
         logits = self.logits(index, call)
-        return over_group(logits, self.over, (logits > -jnp.inf)), index
+        scores = over_group(logits, self.over, (logits > -jnp.inf))
+        return jnp.max(scores.reshape(*scores.shape[:2], -1, self.page), axis=-1), index
 
     def estimate(self, index: Index, call: Call, chosen: Array) -> tuple[Array, Array] | None:
         """Everything that is not read as one entry, with the mean value."""
         if not self.tail:
             return None
+        chosen = jnp.repeat(chosen, self.page, axis=2)
         logits = self.logits(index, call)[..., : chosen.shape[2]]
         rest = jax.nn.logsumexp(jnp.where(chosen[:, :, None], -jnp.inf, logits), axis=-1, keepdims=True)
         value = index["total"] / jnp.maximum(index["end"], 1)[..., None]
