@@ -115,7 +115,11 @@ def prefill(
         out = constrain(out, ("batch", "q_heads", None, None))
         if only_append and not fresh:
             return out, _remember(plan, _settle(plan, _append(plan, cache, x), i), x)
-        cache = score_and_store(plan, cache, x, entries, k, v, lse, compress=compress, fresh=fresh)
+        dense = pattern is None or not pattern.applies(k.shape[2])
+        cache = score_and_store(
+            plan, cache, x, entries, k, v, lse, compress=compress, fresh=fresh,
+            aligned=fresh and dense and prefix is None,
+        )  # fmt: skip
         return _in_turn(plan, i, out, cache)
 
     return attend
@@ -155,10 +159,15 @@ def score_and_store(
     *,
     compress: bool,
     fresh: bool,
+    aligned: bool,
 ) -> KVCache:
-    """What follows attention in prefill: observe all entries k, v, score them, and store what the policy keeps."""
+    """What follows attention in prefill: observe all entries k, v, score them, and store what the policy keeps.
+
+    aligned: as in `Observation`.
+    """
     scorer = plan.layers[x.layer].policy.codec.scorer
-    obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True).replace(lse=lse)
+    obs = observation(plan, x, cache, k, v, entries.pos, prefilling=True)
+    obs = obs.replace(lse=lse, aligned=aligned)
     if scorer is not None:
         with jax.named_scope("saliency"):
             saliency = scorer.score(obs, {})[0]

@@ -76,7 +76,7 @@ def packed_prefill(
         entries = new_entries(plan, rows)
         lse = jnp.where(rows.positions[:, None] >= 0, unpack(lse, index, 2), -jnp.inf)
         return out, score_and_store(
-            plan, cache, rows, entries, rows.k, rows.v, lse, compress=True, fresh=True
+            plan, cache, rows, entries, rows.k, rows.v, lse, compress=True, fresh=True, aligned=prefix is None
         )
 
     return attend

@@ -61,7 +61,8 @@ def check_one(name, *, q_positions=None, mask=None, positions=None, window=None,
         )
         arrays = {n: jnp.asarray(a) for n, a in arrays.items() if a is not None}
         mass_per = rng.choice(["query", "kv_head"])
-        weighs = block_size is None or block_size >= 64  # smaller blocks are read as pages, whose order is lost
+        # Smaller blocks are read as pages, whose order is lost.
+        weighs = block_size is None or block_size >= 64
         f = jax.jit(functools.partial(decode_attention, scale=dim**-0.5, window=window, softcap=softcap,
                                       block_size=block_size, return_lse=True, return_mass=weighs, mass_per=mass_per,
                                       implementation="mosaic_gpu"))  # fmt: skip

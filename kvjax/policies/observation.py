@@ -53,6 +53,8 @@ class Observation:
     window: int | None = struct.field(pytree_node=False, default=None)
     softcap: float | None = struct.field(pytree_node=False, default=None)
     prefilling: bool = struct.field(pytree_node=False, default=True)
+    # The entries are this call's tokens in the order of its queries, and `lse` is over exactly them.
+    aligned: bool = struct.field(pytree_node=False, default=False)
 
     def need(self, name: str) -> Array:
         """The field `name`; ValueError when the caller did not supply it."""
@@ -91,13 +93,17 @@ class Observation:
 
         A row with fewer than `count` tokens is padded in front with position -1.
         """
-        q, q_pos = self.need("q"), self.need("q_pos")
-        first = jnp.argmax(q_pos >= 0, axis=1)
+        q = self.need("q")
+        index, ok = self._last(count)
+        rows = jax.vmap(lambda a, i: a[:, i])(q, index)
+        return rows, jnp.where(ok, jnp.take_along_axis(self.need("q_pos"), index, axis=1), -1)
+
+    def _last(self, count: int) -> tuple[Array, Array]:
+        """(index of each row's last `count` tokens int32 [batch, count], whether there is such a token)."""
+        first = jnp.argmax(self.need("q_pos") >= 0, axis=1)
         index = (first + self.tokens)[:, None] - count + jnp.arange(count)
         ok = (index >= first[:, None]) & (self.tokens > 0)[:, None]
-        index = jnp.where(ok, index, 0)
-        rows = jax.vmap(lambda a, i: a[:, i])(q, index)
-        return rows, jnp.where(ok, jnp.take_along_axis(q_pos, index, axis=1), -1)
+        return jnp.where(ok, index, 0), ok
 
     def window_probs(self, count: int) -> Array:
         """f32 [batch, q_heads, count, slots]: attention of the last `count` queries over all visible entries.
@@ -105,6 +111,24 @@ class Observation:
         The softmax runs over every visible entry before anything is cut away; a padded query's row is 0.
         """
         return self.probs_of(*self.last_queries(count))
+
+    def window_mass(self, count: int) -> Array:
+        """f32 [batch, q_heads, slots]: `window_probs` summed over the queries, in O(slots) memory."""
+        q, q_pos = self.last_queries(count)
+        lse = None
+        if self.aligned and self.lse is not None:
+            index, ok = self._last(count)
+            lse = jnp.where(ok[:, None], jnp.take_along_axis(self.lse, index[:, None], axis=2), -jnp.inf)
+        return observe.window_mass(
+            q,
+            self.k,
+            q_positions=q_pos,
+            k_positions=self.pos,
+            lse=lse,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+        )
 
     def probs_of(self, q: Array, q_pos: Array) -> Array:
         """`window_probs` of queries q [batch, q_heads, count, head_dim] at positions int32 [batch, count]."""
@@ -131,6 +155,7 @@ class Observation:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            causal_aligned=self.aligned,
         )
 
     def column_reduce(self, fn: Callable[[Array, Array], Any]) -> Any:
@@ -148,6 +173,7 @@ class Observation:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            causal_aligned=self.aligned,
         )
 
     def rotate(self, x: Array, positions: Array) -> Array:

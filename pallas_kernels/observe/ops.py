@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 
-from pallas_kernels.observe import gpu, tpu
+from pallas_kernels.observe import gpu, gpu_window, tpu
 from pallas_kernels.observe.reference import column_reduce_xla, window_probs_xla
 from pallas_kernels.platform import (
     check_dtype,
@@ -91,12 +91,24 @@ def window_mass(
     lse: Array | None = None,
     implementation: str | None = None,
 ) -> Array:
-    """`window_probs` summed over the queries: f32 [batch, q_heads, slots], never storing probabilities."""
+    """`window_probs` summed over the queries: f32 [batch, q_heads, slots], never storing probabilities.
+
+    implementation: "xla", "mosaic_gpu" (Hopper) and "mosaic_tpu", which need `lse`, or None for the best here.
+    """
     _validate("window_mass", q, k, q_positions, k_positions, lse)
-    return column_mass(
-        q, k, q_positions=q_positions, k_positions=k_positions, scale=scale, window=window, softcap=softcap,
-        lse=lse, implementation=implementation,
-    )  # fmt: skip
+    unsupported = {
+        "mosaic_gpu": require_hopper() or gpu_window.unsupported(q, k, lse=lse, scale=scale),
+        "mosaic_tpu": require_platform("tpu") or tpu.unsupported(q, lse=lse),
+        "xla": None,
+    }
+    chosen = choose_implementation(
+        "window_mass", implementation, unsupported, ("mosaic_gpu", "mosaic_tpu", "xla")
+    )
+    common = dict(q_positions=q_positions, k_positions=k_positions, lse=lse, scale=scale, window=window,
+                  softcap=softcap)  # fmt: skip
+    if chosen == "mosaic_gpu":
+        return gpu_window.window_mass_gpu(q, k, **common)
+    return column_mass(q, k, **common, implementation=chosen)
 
 
 def column_mass(

@@ -38,9 +38,9 @@ class WindowAttention(Scorer):
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots]; the window's own entries get the row maximum plus 1."""
-        probs = obs.window_probs(self.window)
+        mass = obs.window_mass(self.window)
         queries = jnp.minimum(obs.tokens, self.window)
-        mean = jnp.sum(probs, axis=2) / jnp.maximum(queries, 1)[:, None, None]
+        mean = mass / jnp.maximum(queries, 1)[:, None, None]
         pos = jnp.repeat(obs.pos, obs.groups, axis=1)
         inside = pos >= (obs.length - self.window)[:, None, None]
         mean = jnp.where(inside | (pos < 0), 0.0 if self.pooling == "avg" else -jnp.inf, mean)
@@ -58,7 +58,7 @@ class LastQuery(Scorer):
 
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots], equal for all heads."""
-        row = obs.window_probs(1)[:, :, 0] if obs.prefilling else obs.column_mass()
+        row = obs.window_mass(1) if obs.prefilling else obs.column_mass()
         mean = jnp.mean(row, axis=1, keepdims=True)
         return jnp.broadcast_to(mean, obs.pos.shape), state
 

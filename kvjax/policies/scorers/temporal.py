@@ -84,7 +84,7 @@ class GlobalLocal(Scorer):
         seen_by = jnp.maximum(obs.length[:, None, None] - jnp.maximum(obs.pos, first), 1)
         overall = jnp.where(obs.valid, obs.group(obs.column_mass()) / seen_by, 0.0)
         rows = jnp.maximum(jnp.minimum(obs.tokens, self.window), 1)
-        local = obs.group(jnp.sum(obs.window_probs(self.window), axis=2)) / rows[:, None, None]
+        local = obs.group(obs.window_mass(self.window)) / rows[:, None, None]
         local = jnp.where(obs.valid, pool(jnp.where(obs.valid, local, 0.0), self.kernel, "avg"), 0.0)
         ratio = jnp.sum(local, axis=-1) / jnp.maximum(jnp.sum(overall, axis=-1), 1e-30)
         return jnp.maximum(local, overall * ratio[..., None]), state

@@ -89,7 +89,7 @@ class RetrievalHeads(Scorer):
             index = obs.const["retrieval_heads"]
         elif self.heads is not None:
             index = jnp.asarray(self.heads[obs.layer])
-        total = outside(obs, jnp.sum(obs.window_probs(self.window), axis=2), self.window)
+        total = outside(obs, obs.window_mass(self.window), self.window)
         chosen = jnp.take(pool(total, self.kernel, "avg"), index, axis=1)
         scores = jnp.broadcast_to(jnp.mean(chosen, axis=1, keepdims=True), obs.pos.shape)
         return lift_window(obs, scores, self.window), state
@@ -139,7 +139,7 @@ class LazyLayer(Scorer):
     def score(self, obs: Observation, state: State) -> tuple[Array, State]:
         """f32 [batch, kv_heads, slots]."""
         rows = jnp.maximum(jnp.minimum(obs.tokens, self.last), 1)
-        mean = jnp.sum(obs.window_probs(self.last), axis=(1, 2)) / (rows * obs.need("q").shape[1])[:, None]
+        mean = jnp.sum(obs.window_mass(self.last), axis=1) / (rows * obs.need("q").shape[1])[:, None]
         pos, end = obs.pos[:, 0], (obs.length - self.last)[:, None]
         counted = (pos >= 0) & (pos < end) & ((pos < self.initial) | (pos >= end - self.recent))
         lazy = jnp.sum(jnp.where(counted, mean, 0.0), axis=-1) > self.threshold
