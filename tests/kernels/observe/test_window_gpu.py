@@ -23,6 +23,7 @@ CASES = {
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("options", [{}, {"window": 70}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("name", CASES)
