@@ -1,8 +1,9 @@
 """Suite `codecs`: a decode step under every codec at its published settings, in the shapes of kvref-22m.
 
 That checkpoint's shapes, since calibrated codecs need a model they were calibrated for; weights and entries are random. The
-step is the library's own greedy loop: all 12 layers and the output head. `attention` says what reads the codes: 'kernel',
-one launch over what is stored, or 'blocked', tile by tile in XLA. gb_per_s counts cache and weights, read once.
+step is the library's own greedy loop: all 12 layers and the output head. `attention` says what reads the codes: 'fused', one
+`decode_attention` over what is stored (a kernel where one covers the head_dim, 64 here: on Hopper that is the full cache
+alone, the others run in XLA), or 'blocked', tile by tile in XLA. gb_per_s counts cache and weights, read once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def measure(lm: DecoderLM, params: Any, spec: str, batch: int, context: int) -> 
     row = timing.row("decode step", shape, lm.shape.dtype, spec, loop.seconds(), moved=moved + weights)
     codec = loop.plan.layers[-1].policy.codec
     fused = codec.kv_store(loop.state.cache.pools[-1].store) is not None
-    row["attention"] = "kernel" if fused else "blocked"
+    row["attention"] = "fused" if fused else "blocked"
     row["cache_bytes"] = loop.plan.nbytes()
     return row
 

@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.decode_attention.visibility import visible_slots
 from pallas_kernels.formats import DENSE, EIGHT_BIT, PACKED_BITS, KVStore, pack_block, unpack
-from pallas_kernels.platform import dot_precision
+from pallas_kernels.platform import dot_precision, target_platform
 
 Array = jax.Array
 _CHUNK = 1024  # slots decoded at a time where the cache is paged, blocked or quantized
@@ -47,7 +47,8 @@ def decode_attention_xla(
     """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass or None)."""
     batch, q_heads, tokens, dim = q.shape
     kv_heads = lengths.shape[1]
-    work = q.dtype if store.format == DENSE and q.dtype == store.k.dtype else jnp.float32
+    half = store.format in EIGHT_BIT and q.dtype.itemsize == 2 and target_platform() == "gpu"
+    work = q.dtype if half or (store.format == DENSE and q.dtype == store.k.dtype) else jnp.float32
     grouped = q.astype(work).reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim)
     query = _Query(grouped, tokens, scale, softcap)
     total = lengths if store.res_lengths is None else lengths + store.res_lengths
@@ -61,7 +62,7 @@ def decode_attention_xla(
         pos = None if positions is None else jnp.take_along_axis(positions, safe, axis=-1)
         return sees(ids, valid=(ids >= 0) & (ids < lengths[..., None]), positions=pos)
 
-    if store.format == DENSE and table is None and blocks is None:
+    if (half or store.format == DENSE) and table is None and blocks is None:
         ids = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, kv_heads, slots))
         pos = None if positions is None else positions[..., :slots]
         seen = sees(ids, valid=ids < lengths[..., None], positions=pos)
@@ -157,18 +158,17 @@ def _scatter(mass: Array, ids: Array, slots: int) -> Array:
 
 
 def _whole(query: _Query, store: KVStore, seen: Array) -> tuple[Array, Array, Array, Array]:
-    """All slots of a dense array at once: (peak, total, acc, logits)."""
+    """All slots of an array at once: (peak, total, acc, logits)."""
     logits = _mask_logits(query, _scores(query.q, store), seen)
     peak, prob = _exp(logits)
     used = seen.any(2)  # [batch, kv_heads, n]
 
     def clean() -> Array:
-        v = jnp.where(used[..., None], store.v, jnp.zeros((), store.v.dtype))
-        return _values(prob, dataclasses.replace(store, v=v))
+        return _values(prob, _blank(store, used), query.q.dtype)
 
     def hopeful() -> Array:
         # Copying V to blank unused slots would cost as much as attention: do it only if they held NaN or inf.
-        acc = _values(prob, store)
+        acc = _values(prob, store, query.q.dtype)
         return lax.cond(jnp.isfinite(acc).all(), lambda: acc, clean)
 
     acc = lax.platform_dependent(cpu=hopeful, default=clean)
@@ -192,7 +192,7 @@ def _chunked(query, store, table, blocks, block_size, slots, visible, keep_logit
         seen = visible(ids)
         logits = _mask_logits(query, _scores(query.q, chunk), seen)
         peak, prob = _exp(logits)
-        acc = _values(prob, _blank(chunk, seen.any(2)))
+        acc = _values(prob, _blank(chunk, seen.any(2)), query.q.dtype)
         state = _join(state, (peak, prob.sum(-1), acc))
         return state, (logits if keep_logits else None, ids)
 
@@ -273,10 +273,11 @@ def _blank(store: KVStore, used: Array) -> KVStore:
         keep = used[:, :, None, :]
         v_scale, v_zero = (jnp.where(keep, x, 0) for x in (store.v_scale, store.v_zero))
         return dataclasses.replace(store, v_scale=v_scale, v_zero=v_zero)
-    v = jnp.where(used[..., None], store.v, jnp.zeros((), store.v.dtype))
-    if store.format == DENSE:
-        return dataclasses.replace(store, v=v)
-    return dataclasses.replace(store, v=v, v_scale=jnp.where(used, store.v_scale, 0))
+    if (
+        store.format in EIGHT_BIT
+    ):  # `_values` takes codes that are not finite for 0: a copy of V would cost more
+        return dataclasses.replace(store, v_scale=jnp.where(used, store.v_scale, 0))
+    return dataclasses.replace(store, v=jnp.where(used[..., None], store.v, jnp.zeros((), store.v.dtype)))
 
 
 def _scores(q: Array, store: KVStore) -> Array:
@@ -298,8 +299,20 @@ def _scores(q: Array, store: KVStore) -> Array:
         return (s + bias[..., None]).reshape(*s.shape[:3], n)
 
 
-def _values(prob: Array, store: KVStore) -> Array:
-    """prob . v in f32 [batch, kv_heads, rows, head_dim]."""
+def _finite(codes: Array) -> Array:
+    """8-bit codes with NaN and inf replaced by the largest number; by their bits, which XLA fuses into a product."""
+    if not jnp.issubdtype(codes.dtype, jnp.floating):
+        return codes
+    bits = lax.bitcast_convert_type(codes, jnp.int8)
+    most = lax.bitcast_convert_type(jnp.finfo(codes.dtype).max.astype(codes.dtype), jnp.int8)
+    return lax.bitcast_convert_type((jnp.minimum(bits & 0x7F, most)) | (bits & -0x80), codes.dtype)
+
+
+def _values(prob: Array, store: KVStore, work: jnp.dtype) -> Array:
+    """prob . v in f32 [batch, kv_heads, rows, head_dim]; work: dtype of the products with K.
+
+    8 bits are exact in bfloat16: with 16-bit queries a GPU takes the codes as they are into its matrix units.
+    """
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     with jax.named_scope("values"):
         if store.format == DENSE:
@@ -308,7 +321,9 @@ def _values(prob: Array, store: KVStore) -> Array:
         exact = dot_precision(jnp.float32)
         if store.format in EIGHT_BIT:
             weight = prob * store.v_scale.astype(jnp.float32)[:, :, None, :]
-            return dot("bhrn,bhnd->bhrd", weight, store.v.astype(jnp.float32), precision=exact)
+            dtype = jnp.bfloat16 if work.itemsize == 2 else jnp.float32
+            v = _finite(store.v).astype(dtype)  # a valid entry's NaN is in its scale too
+            return dot("bhrn,bhnd->bhrd", weight.astype(dtype), v, precision=dot_precision(dtype))
         codes = unpack(store.v, PACKED_BITS[store.format]).astype(jnp.float32)
         batch, kv_heads, n, dim = codes.shape
         codes = codes.reshape(batch, kv_heads, n, dim // store.group, store.group)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import decode_attention, reference
 from pallas_kernels.formats import EIGHT_BIT, FORMATS, PACKED_BITS, KVStore, encode
 
 _TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
@@ -228,6 +228,29 @@ def test_values_out_of_range_are_caught_in_debug_mode(change, message):
 
     error, _ = jax.jit(checkify.checkify(call))()
     assert (error.get() is None) if message is None else (message in error.get())
+
+
+@pytest.mark.parametrize("fmt", EIGHT_BIT)
+@pytest.mark.parametrize("page", [None, 64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_eight_bit_products_of_sixteen_bits_in_xla(monkeypatch, fmt, page, dtype):
+    """What a GPU without a kernel for the shape runs: codes enter the products as they are; NaN past the lengths."""
+    monkeypatch.setattr(reference, "target_platform", lambda: "gpu")
+    rng = np.random.default_rng()
+    problem = oracle.make(rng, fmt=fmt, dtype=jnp.dtype(dtype), page=page, group=3, slots=512, residual=16,
+                          lengths=[[512, 77], [0, 1]])  # fmt: skip
+    valid, order, total = oracle.entries(problem)
+    seen = oracle.visibility(total, None, None, None, None, 1, valid, order)
+    want = oracle.attention(problem.q, problem.k, problem.v, seen, 0.125, None)
+    table = None if problem.table is None else jnp.asarray(problem.table)
+    got = decode_attention(problem.q, problem.store, lengths=jnp.asarray(problem.lengths), scale=0.125, table=table,
+                           return_lse=True, return_mass=True, implementation="xla")  # fmt: skip
+    for have, exact in ((got.out, want[0]), (got.mass, want[2])):
+        have = np.asarray(have, np.float64)
+        assert np.linalg.norm(have - exact) <= 5e-3 * np.linalg.norm(exact)
+    some = np.isfinite(want[1])
+    assert np.allclose(np.asarray(got.lse)[some], want[1][some], atol=2e-2)
+    assert (np.asarray(got.lse)[~some] == -np.inf).all()
 
 
 def _bad(**change):
