@@ -167,7 +167,13 @@ def model_rows(
     devices = devices_of(topology)
     sizes = parse_mesh(mesh) or default_mesh(len(devices), config.kv_heads, batch)
     grid = make_mesh(sizes, devices)
+    if grid.size < len(devices):
+        raise ValueError(
+            f"--mesh={mesh} takes {grid.size} of the {len(devices)} devices of {topology}; name them all"
+        )
     lm = DecoderLM(config)
+    if context > lm.shape.max_context:
+        raise ValueError(f"--context={context} exceeds the model's context of {lm.shape.max_context}")
     plan = Plan(
         policy=registry.parse(policy), shape=lm.shape, batch=batch, prompt=context, reserve=new_tokens,
         platform="tpu", devices=grid.size,
@@ -239,13 +245,22 @@ def main(f: flags.FlagValues) -> None:
     if not f.model and not f.kernels:
         raise ValueError("nothing to compile: give --model, or --kernels, or both")
     rows: list[Row] = []
+
+    def write() -> None:
+        if f.out:  # after each part, so that an interrupted run leaves what it has
+            os.makedirs(os.path.dirname(f.out) or ".", exist_ok=True)
+            with open(f.out, "w") as file:
+                json.dump(rows, file, indent=1)
+
     if f.model:
         rows += model_rows(
             f.topology, f.model, f.policy, batch=f.batch, context=f.context, new_tokens=f.max_new_tokens,
             chunk=f.chunk, mesh=f.mesh, progress=True,
         )  # fmt: skip
+        write()
     if f.kernels:
         rows += kernel_rows(f.topology, aot_kernels.Sizes(), progress=True)
+        write()
     for row in rows:
         vmem = "?" if row["vmem_bytes"] is None else f"{row['vmem_bytes'] / 2**20:.1f}"
         time = f"{row['optimal_seconds'] * 1e3:.3f} ms ({row['seconds_from']})"
@@ -255,10 +270,6 @@ def main(f: flags.FlagValues) -> None:
             f"VMEM {vmem} MiB, {row['flops']:.3e} flops, "
             f"{row['bytes_accessed']:.3e} bytes, {time}"
         )
-    if f.out:
-        os.makedirs(os.path.dirname(f.out) or ".", exist_ok=True)
-        with open(f.out, "w") as file:
-            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ def test_model_stages_of_a_slice(tmp_path, capsys):
         (["--topology=v5e:2x2", "--model=gpt-9"], "model shape 'gpt-9' is not known"),
         (["--topology=v5e:2x2", "--model=kvref-draft-2m", "--batch=3"], "give --mesh"),
         (["--topology=v5e:2x2", "--model=kvref-draft-2m", "--batch=4", "--policy=nope"], "nope"),
+        (["--topology=v5e:2x2", "--model=kvref-draft-2m", "--mesh=data=3"], "takes 3 of the 4 devices"),
+        (
+            ["--topology=v5e:2x2", "--model=kvref-draft-2m", "--batch=4", "--context=999999"],
+            "exceeds the model",
+        ),
     ],
 )
 def test_bad_input_is_one_line(argv, message, capsys):

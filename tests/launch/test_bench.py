@@ -60,7 +60,7 @@ def test_codec_rows_say_what_reads_the_codes(small, monkeypatch):
     monkeypatch.setattr(generate, "_STEPS", 2)
     lm, params = small
     got = {s: codecs.measure(lm, params, s, 1, 64) for s in ("full", "int8", "int4(group=16, residual=16)")}
-    assert [row["attention"] for row in got.values()] == ["kernel", "kernel", "blocked"]
+    assert [row["attention"] for row in got.values()] == ["fused", "fused", "blocked"]
     full, eight, four = (row["cache_bytes"] for row in got.values())
     assert four < eight < 0.3 * full  # float32 here
     for spec in codecs.SPECS:
