@@ -7,7 +7,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.state import types as state_types
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -32,6 +31,8 @@ from pallas_kernels.decode_attention.gpu_plan import Plan
 from pallas_kernels.decode_attention.gpu_window import WeightLayout
 from pallas_kernels.decode_attention.reference import attend_residual, slot_mass
 from pallas_kernels.formats import DENSE, KVStore
+from pallas_kernels.inline import inline as _inline
+from pallas_kernels.inline import raw as _raw
 from pallas_kernels.merge_partials import merge_partials
 
 Array = jax.Array
@@ -365,25 +366,3 @@ def _kernel(plan, window, layout, rows, kv_heads, splits, store, table, blocks, 
 def _sync(ctx):
     ptx.fence_async()
     ptx.barrier()
-
-
-def _inline(body, *args, result: int | None = None):
-    """Call an inline function on refs, scalars and arrays of registers, in the layouts that those have here."""
-    layout = plgpu.Layout.WG_STRIDED
-
-    def kind(x):
-        if isinstance(x, state_types.TransformedRef) or isinstance(jax.typeof(x), state_types.AbstractRef):
-            return plgpu.RefType()
-        shape = jnp.shape(x)
-        return layout(shape, vec_size=1) if shape else plgpu.Layout.WG_SPLAT(())
-
-    ret = None
-    if result is not None:
-        shape = (128 * result,)
-        ret = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout(shape, vec_size=1))
-    return plgpu.inline_mgpu(arg_types=jax.tree.map(kind, args), return_type=ret)(body)(*args)
-
-
-def _raw(x):
-    """The ref as it lies in memory, without the view that undoes its tiling."""
-    return x.ref if isinstance(x, state_types.TransformedRef) else x

@@ -10,6 +10,7 @@ import kvjax.policies as P
 from kvjax.arrays import nbytes
 from kvjax.codecs.packing import unpack
 from kvjax.policies import calibration
+from kvjax.policies.selectors import codes as codes_module
 from kvjax.policies.selectors.codes import ProductCodes, WindowedCodes, query_factor
 from kvjax.policies.selectors.refined import RefinedCodes
 from kvjax.policies.selectors.sampling import HashSampling, sampling_odds
@@ -87,9 +88,11 @@ def combined(logits, over):
     return logits.max(0) if over.endswith("max") else logits.mean(0)
 
 
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("over", ["max", "mean", "softmax_max", "softmax_mean"])
 @pytest.mark.parametrize("page", [4, 16])
-def test_a_page_has_the_largest_score_of_its_entries(page, over):
+def test_a_page_has_the_largest_score_of_its_entries(monkeypatch, page, over, kernel):
+    monkeypatch.setattr(codes_module, "has_kernel", lambda *args, **kwargs: kernel)  # XLA stands for it here
     held = entries(LENGTHS, N)
     options = dict(parts=4, bits=4, rounds=2, over=over)
     index, c = built(ProductCodes(12, **options), held)
@@ -99,6 +102,8 @@ def test_a_page_has_the_largest_score_of_its_entries(page, over):
     )
     assert {n: a.tolist() for n, a in same.items()} == {n: a.tolist() for n, a in index.items()}
     got = np.asarray(paged.score(same, c)[0])
+    if kernel and over == "softmax_max":  # its logarithm, in the same order
+        got = np.exp(got)
     assert got.shape == (B, H, N // page) and not np.isnan(got).any()
     books, codes = np.asarray(index["books"], np.float64), np.asarray(unpack(index["codes"], 4, 4))
     for b in range(B):
@@ -107,6 +112,20 @@ def test_a_page_has_the_largest_score_of_its_entries(page, over):
             each = combined(np.asarray(c.grouped, np.float64)[b, h] @ words.T * SCALE, over)
             want = [each[i : i + page].max() for i in range(0, LENGTHS[b], page)]
             np.testing.assert_allclose(got[b, h, : len(want)], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kernel_scores_no_capped_logits_and_no_second_level(monkeypatch):
+    monkeypatch.setattr(codes_module, "has_kernel", lambda *args, **kwargs: True)
+    monkeypatch.setattr(codes_module, "code_scores", None)  # calling it fails
+    held = entries(LENGTHS, N)
+    fine = RefinedCodes(4, parts=2, bits=4, fine_parts=4, fine_bits=4, rounds=2)
+    assert np.isfinite(fine.score(*built(fine, held))[0]).any()
+    s = ProductCodes(12, parts=2, bits=4, rounds=2, over="max")
+    index, c = built(s, held)
+    capped = np.asarray(s.score(index, c.replace(softcap=0.5))[0])
+    plain = np.asarray(s.logits(index, c)).max(2)
+    want = np.where(np.isneginf(plain), plain, 0.5 * np.tanh(plain / 0.5))
+    np.testing.assert_allclose(capped, want, rtol=1e-5)
 
 
 def test_the_tail_of_pages_is_that_of_their_entries():

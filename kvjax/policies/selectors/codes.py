@@ -16,6 +16,7 @@ from kvjax.policies.selectors.base import Call, Entries, Index, Selector, index_
 from kvjax.policies.selectors.clusters import summary_attention
 from kvjax.policies.selectors.grouping import group_sums, heads_map, kmeans, means, nearest, put_labels
 from kvjax.types import ModelShape
+from pallas_kernels.code_scores import code_scores, has_kernel, look_up
 
 Array = jax.Array
 
@@ -123,14 +124,16 @@ class ProductCodes(Selector):
             made["total"] = index["total"] + jnp.sum(v, axis=2)
         return made
 
-    def logits(self, index: Index, call: Call) -> Array:
-        """Approximate logits f32 [batch, kv_heads, groups, slots], -inf where nothing is stored."""
+    def _tables(self, index: Index, call: Call) -> Array:
+        """Logits of all words for the newest query: f32 [batch, kv_heads, groups, parts, 2**bits]."""
         q = call.grouped * call.scale
         q = q.reshape(*q.shape[:3], self.parts, -1)
-        table = jnp.einsum("bhgmd,bhmcd->bhgmc", q, index["books"].astype(jnp.float32), precision="highest")
+        return jnp.einsum("bhgmd,bhmcd->bhgmc", q, index["books"].astype(jnp.float32), precision="highest")
+
+    def logits(self, index: Index, call: Call) -> Array:
+        """Approximate logits f32 [batch, kv_heads, groups, slots], -inf where nothing is stored."""
         codes = unpack(index["codes"], self._bits, self.parts)
-        look = heads_map(lambda t, c: t[:, c])
-        logits = sum(look(table[:, :, :, j], codes[..., j]) for j in range(self.parts))
+        logits = look_up(self._tables(index, call), codes)
         if call.softcap is not None:
             logits = call.softcap * jnp.tanh(logits / call.softcap)
         stored = jnp.arange(codes.shape[2]) < index["end"][..., None]
@@ -138,9 +141,24 @@ class ProductCodes(Selector):
 
     def score(self, index: Index, call: Call) -> tuple[Array, Index]:
         """The group's approximate logits, of a page the largest."""
-        logits = self.logits(index, call)
-        scores = over_group(logits, self.over, (logits > -jnp.inf))
-        return jnp.max(scores.reshape(*scores.shape[:2], -1, self.page), axis=-1), index
+        scores = self._scores_by_kernel(index, call)
+        if scores is None:
+            logits = self.logits(index, call)
+            scores = over_group(logits, self.over, (logits > -jnp.inf))
+            scores = jnp.max(scores.reshape(*scores.shape[:2], -1, self.page), axis=-1)
+        return scores, index
+
+    def _scores_by_kernel(self, index: Index, call: Call) -> Array | None:
+        """The same order from a kernel, by the logarithm of a softmax; None where none runs."""
+        if self.over not in ("max", "softmax_max") or call.softcap is not None:
+            return None
+        tables, codes, how = self._tables(index, call), index["codes"], dict(bits=self._bits, block=self.page)
+        if not has_kernel(tables, codes, **how):
+            return None
+        best, lse = code_scores(tables, codes, index["end"], **how)
+        if self.over == "softmax_max":
+            best = best - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None]
+        return jnp.max(best, axis=2)
 
     def estimate(self, index: Index, call: Call, chosen: Array) -> tuple[Array, Array] | None:
         """Everything that is not read as one entry, with the mean value."""

@@ -17,6 +17,7 @@ from kvjax.policies.selectors.base import Call, Entries, Index, index_axes, over
 from kvjax.policies.selectors.codes import ProductCodes
 from kvjax.policies.selectors.grouping import group_sums, heads_map, kmeans, means, nearest, put_labels
 from kvjax.types import ModelShape
+from pallas_kernels.code_scores import look_up
 
 Array = jax.Array
 
@@ -135,16 +136,20 @@ class RefinedCodes(ProductCodes):
             shift = jnp.einsum("bhgd,hd->bhg", q, call.const["mean"], precision="highest")[..., None]
             q = jnp.einsum("bhgd,hed->bhge", q, call.const["back"], precision="highest")
         codes = unpack(index["codes"], self.bits, self.parts)
-        coarse = _look(_table(q, books), codes) + shift
+        coarse = look_up(_table(q, books), codes) + shift
         slots = codes.shape[2]
         stored = jnp.arange(slots) < index["end"][..., None]
         coarse = jnp.where(stored[:, :, None], coarse, -jnp.inf)
         rank = over_group(_cap(coarse, call), self.over, stored[:, :, None])
         top, at = jax.lax.top_k(jnp.where(stored, rank, -1.0), self.most(slots))
         listed = jnp.take_along_axis(index["fine"], at[..., None], axis=2)
-        fine = _look(_table(q, fine_books), unpack(listed, self.fine_bits, self.fine_parts))
+        fine = look_up(_table(q, fine_books), unpack(listed, self.fine_bits, self.fine_parts))
         add = heads_map(lambda x, i, y: x.at[:, i].add(y, unique_indices=True))
         return _cap(add(coarse, at, fine), call)
+
+    def _scores_by_kernel(self, index: Index, call: Call) -> Array | None:
+        """None: no kernel knows two levels."""
+        return None
 
     def scanned(self, specs: dict[str, ArraySpec], slots: int, batch: int, shape: ModelShape) -> float:
         """Everything but the fine codes outside the shortlist, and calibrated books once for all rows."""
@@ -192,12 +197,6 @@ def _table(q: Array, books: Array) -> Array:
     q = q.reshape(*q.shape[:3], books.shape[2], -1)
     books = jnp.broadcast_to(books, (q.shape[0], *books.shape[1:]))
     return jnp.einsum("bhgmd,bhmcd->bhgmc", q, books, precision="highest")
-
-
-def _look(table: Array, codes: Array) -> Array:
-    """f32 [batch, kv_heads, groups, n]: the table's entries of codes int32 [batch, kv_heads, n, parts], summed."""
-    look = heads_map(lambda t, c: t[:, c])
-    return sum(look(table[:, :, :, j], codes[..., j]) for j in range(codes.shape[-1]))  # type: ignore[return-value]
 
 
 def _path(file: str) -> str:
