@@ -3,7 +3,8 @@
 A thread scores two neighbouring slots at a time. Table entries are 16-bit fixed point, in steps of 1/65,535 of the range
 that a query's logits can have, so that a sum over parts is an integer addition of two queries at once and cannot
 overflow; four queries lie side by side. 16 codewords of four queries are 128 bytes, one for each bank: a lookup has no bank
-conflicts, and shared memory delivers 8 bytes for each slot and part, which is what bounds the kernel.
+conflicts, and shared memory delivers 8 bytes for each slot and part, which is what bounds the kernel. Warpgroups work
+alone, each with tables of its own; a CTA has many so that the compiler gives a thread few registers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import scf
@@ -32,7 +34,9 @@ _STEP = 2 * _THREADS  # slots of a step
 _TOP = 65535  # of 16 bits
 _SHIFT = 2.0**23  # a float whose low mantissa bits count ones
 _ALIGN = 256  # of the tables in shared memory: a row's offset fills the low byte of its address
-_CTAS = 132 * 8  # of one wave
+_GROUPS = 8  # warpgroups of a CTA: with 1,024 threads the compiler keeps to 64 registers a thread
+_TABLES = 192 * 1024  # bytes of shared memory
+_ITEMS = 132 * _GROUPS  # warpgroups of one wave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,11 @@ class Plan:
     def table_bytes(self) -> int:
         """Bytes of all tables of a KV head."""
         return self.lookups * self.parts * self.part_bytes
+
+    @property
+    def table_stride(self) -> int:
+        """Bytes from one warpgroup's tables to the next."""
+        return -(-self.table_bytes // _ALIGN) * _ALIGN
 
     @property
     def slot_bytes(self) -> int:
@@ -131,7 +140,7 @@ def code_scores_gpu(
 ) -> tuple[Array, Array]:
     """See `ops.code_scores`; operands as accepted by `unsupported`.
 
-    ahead: steps whose codes are on their way while one is scored. splits: CTAs of a row and KV head; None fills the GPU.
+    ahead: steps whose codes are on their way while one is scored. splits: warpgroups of a row and KV head; None fills the GPU.
     """
     batch, kv_heads, group, parts, _ = tables.shape
     rows, slots = batch * kv_heads, codes.shape[2]
@@ -141,7 +150,7 @@ def code_scores_gpu(
         levels = levels.reshape(rows, parts, 2**bits, plan.lookups, plan.width)
         levels = lax.bitcast_convert_type(jnp.moveaxis(levels, 3, 1), jnp.int32).reshape(rows, -1)
         steps = -(-slots // _STEP)
-        splits = max(1, min(steps, splits or _CTAS // rows))
+        splits = max(1, min(steps, splits or _ITEMS // rows))
         call = _kernel(plan, rows, steps, splits)
         best, lse = call(
             levels,
@@ -157,11 +166,19 @@ def code_scores_gpu(
 def _kernel(plan: Plan, rows: int, steps: int, splits: int):
     """The kernel: (levels, codes, step, base, lengths) -> (best [rows, group, blocks], lse [rows, group, splits * 4])."""
 
+    total = rows * splits
+    groups = max(1, min(_GROUPS, total, _TABLES // plan.table_stride))
+
     def body(levels, codes, step, base, lengths, best, lse, table):
-        row, split = lax.axis_index("row"), lax.axis_index("split")
-        start, end = (lax.div(s * steps, splits) for s in (split, split + 1))
-        inline(_scan(plan, splits * _WARPS), levels.at[row], codes.at[row], step.at[row], base.at[row], best.at[row], lse.at[row], table,
-               lengths[row], start, end, split)  # fmt: skip
+        group = lax.axis_index("group")
+        item = lax.axis_index("cta") * groups + group
+        row, split = lax.div(item, splits), lax.rem(item, splits)
+
+        @pl.when(item < total)
+        def _():
+            start, end = (lax.div(s * steps, splits) for s in (split, split + 1))
+            inline(_scan(plan, splits * _WARPS), levels.at[row], codes.at[row], step.at[row], base.at[row], best.at[row],
+                   lse.at[row], table, lengths[row], start, end, split, group)  # fmt: skip
 
     return plgpu.kernel(
         body,
@@ -169,9 +186,11 @@ def _kernel(plan: Plan, rows: int, steps: int, splits: int):
             jax.ShapeDtypeStruct((rows, plan.group, plan.slots // plan.block), jnp.float32),
             jax.ShapeDtypeStruct((rows, plan.group, splits * _WARPS), jnp.float32),
         ],
-        scratch_types=dict(table=plgpu.SMEM((plan.table_bytes // 4 + _ALIGN // 4,), jnp.int32)),
-        grid=(splits, rows),
-        grid_names=("split", "row"),
+        scratch_types=dict(table=plgpu.SMEM(((groups * plan.table_stride + _ALIGN) // 4,), jnp.int32)),
+        grid=(-(-total // groups),),
+        grid_names=("cta",),
+        num_threads=groups,
+        thread_name="group",
         kernel_name="code_scores",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -183,14 +202,14 @@ def _kernel(plan: Plan, rows: int, steps: int, splits: int):
 
 
 def _scan(plan: Plan, parts: int):
-    """Inline function: a CTA's steps [start, end) of one row; writes block maxima, and each of `parts` warps' log-sum-exps."""
+    """Inline function: a warpgroup's steps [start, end) of one row; writes block maxima, and each of `parts` warps' log-sum-exps."""
     queries = range(plan.group)
 
-    def body(ctx, levels, codes, steps, bases, best, lse, table, length, start, end, split):
+    def body(ctx, levels, codes, steps, bases, best, lse, table, length, start, end, split, group):
         thread = ptx.thread_index()
         lane = thread & 31
         length, start, end = map(ptx.scalar, (length, start, end))
-        base = (ptx.smem_address(table) + (_ALIGN - 1)) & -_ALIGN
+        base = ((ptx.smem_address(table) + (_ALIGN - 1)) & -_ALIGN) + ptx.scalar(group) * plan.table_stride
         source, last = ptx.global_address(codes), plan.slots // 2 - 1
         target = ptx.global_address(best)
 
@@ -205,7 +224,7 @@ def _scan(plan: Plan, parts: int):
             [ptx.bits_to_float(ptx.load(at + 4 * g)[0]) for g in queries]
             for at in (ptx.global_address(steps), ptx.global_address(bases))
         )
-        ptx.barrier()
+        ptx.asm("bar.sync $0, 128;", "", [ptx.scalar(group) + 1])  # this warpgroup's own
 
         def one(step: Reg, carry: list[Reg], masked: bool) -> list[Reg]:
             codes, tops, sums = (

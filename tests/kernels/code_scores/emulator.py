@@ -170,10 +170,6 @@ class Machine:
         return Reg(np.arange(THREADS), "r")
 
     @staticmethod
-    def barrier():
-        pass
-
-    @staticmethod
     def scalar(x):
         return Reg(x, "r")
 
@@ -195,6 +191,8 @@ class Machine:
         if text.startswith("max.u16x2"):
             a, b = (x.value.view(np.uint16) for x in args)
             return [Reg(np.maximum(a, b).view(np.uint32), "r")]
+        if text.startswith("bar.sync"):
+            return []
         if text.startswith("ld.shared"):
             offset = int(re.search(r"\+(\d+)\]", text).group(1))
             return self._read(args[0], 4, len(outs), offset)

@@ -95,14 +95,14 @@ def emulate(monkeypatch, tables, packed, lengths, bits, block, splits, ahead):
         def call(levels, codes, step, base, lengths):
             best = np.full((rows, group, slots // block), np.nan, np.float32)
             lse = np.full((rows, group, used * 4), np.nan, np.float32)
-            monkeypatch.setattr(gpu, "ptx", machine := emulator.Machine(plan.table_bytes + 256))
+            monkeypatch.setattr(gpu, "ptx", machine := emulator.Machine(2 * plan.table_stride + 256))
             for name in ("Reg", "f32", "i32"):
                 monkeypatch.setattr(gpu, name, getattr(machine, name))
             for row in range(rows):
                 for split in range(used):
                     ends = (split * steps // used, (split + 1) * steps // used)
                     gpu._scan(plan, used * 4)(None, np.array(levels[row]), np.array(codes[row]), np.array(step[row]), np.array(base[row]), best[row],
-                                    lse[row], 16, int(lengths[row]), *ends, split)  # fmt: skip
+                                    lse[row], 16, int(lengths[row]), *ends, split, split % 2)  # fmt: skip
             return jnp.asarray(best), jnp.asarray(lse)
 
         assert (given, count) == (plan, rows)
