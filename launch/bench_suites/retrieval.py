@@ -22,6 +22,8 @@ SPECS = [
     "quest(read=0.05, page=64, skip_layers=0)",
     "quest(read=0.1, page=64, skip_layers=0) | int8",
     "pqcache(read=0.065, parts=16, bits=4, recent=8)",
+    "pqcache(read=0.08, parts=16, bits=4, recent=8, page=8)",
+    "pqcache(read=0.065, parts=32, bits=4, recent=8, page=16)",
 ]
 
 
