@@ -7,6 +7,7 @@ its own slots; of a page pool, its own pages. Without a mesh, or where slots are
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from kvjax.sharding import DEFAULT_RULES, Rules
 from kvjax.types import Array
 from pallas_kernels import decode_attention as decode_op
 from pallas_kernels import prefill_attention as prefill_op
+from pallas_kernels import select as select_op
 from pallas_kernels.formats import KVStore
 from pallas_kernels.platform import split_axes
 
@@ -94,6 +96,15 @@ def fuses(
     ):
         return False
     return decode_op.reads_blocks(q, kv, lengths=lengths, table=table, blocks=blocks, block_size=block_size)
+
+
+def select_top(scores: Array, counts: Array, *, width: int) -> Array:
+    """`pallas_kernels.select.select_top`, spread over the ambient mesh where it can be; XLA's where slots are sharded."""
+    spec = partition(*counts.shape)
+    if spec is None:
+        return select_op.select_top(scores, counts, width=width)
+    local = functools.partial(select_op.select_top, width=width)
+    return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec, check_vma=False)(scores, counts)
 
 
 def prefill_attention(

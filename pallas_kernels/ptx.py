@@ -362,6 +362,15 @@ def if_(bit: ir.Value, then, otherwise: Sequence[Reg] = ()) -> list[Reg]:
     return [Reg(v, r.kind) for v, r in zip(op.results, otherwise)]
 
 
+def for_(start: Reg, stop: Reg, step: Reg, body, carry: Sequence[Reg] = ()) -> list[Reg]:
+    """`carry = body(i, carry)` for i from `start` below `stop`, signed; the bounds may differ between threads."""
+    op = scf.ForOp(start.value, stop.value, step.value, [r.value for r in carry])
+    with ir.InsertionPoint(op.body):
+        state = [Reg(v, r.kind) for v, r in zip(op.inner_iter_args, carry)]
+        scf.yield_([r.value for r in body(Reg(op.induction_variable, "r"), state)])
+    return [Reg(v, r.kind) for v, r in zip(op.results, carry)]
+
+
 def scalar(x: mgpu.FragmentedArray) -> Reg:
     """The register of a scalar argument (i32)."""
     return Reg(x.registers.item(), "r")

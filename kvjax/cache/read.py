@@ -51,7 +51,7 @@ def stored_attention(
     common = dict(scale=x.scale, softcap=x.softcap, implementation=implementation)
     fused = None if part is None else codec.kv_store(part.store)
     if blocks is not None:
-        tables = dict(blocks=blocks, block_size=plan.block(i))
+        tables = dict(blocks=blocks, block_size=plan.block(i), blocks_ascend=True)
         if (
             part is None
             or fused is None
@@ -130,7 +130,6 @@ def _whole(plan: Plan, cache: KVCache, i: int) -> _Part:
 def _chosen(plan: Plan, cache: KVCache, i: int, blocks: Array) -> _Part:
     """The chosen blocks, gathered side by side."""
     with jax.named_scope("gather"):
-        blocks = selecting.ascending(blocks)
         store, pos, lengths = selecting.gather(plan, cache, i, blocks)
     if pos is None:
         pos = plan.layers[i].policy.codec.sink + selecting.slot_numbers(blocks, plan.block(i))
@@ -160,7 +159,7 @@ def selected_attention(
             blocks, cache = selecting.choose(plan, cache, x)
         if placing.offloaded(plan, x.layer):
             with jax.named_scope("fetch"):
-                blocks, cache = selecting.fetch(plan, cache, x, blocks)
+                cache = selecting.fetch(plan, cache, x, blocks)
     if not (selector.biased or selector.estimates):
         out, lse = stored_attention(
             plan, cache, x, blocks=blocks, return_lse=return_lse, implementation=implementation
@@ -182,7 +181,6 @@ def selected_attention(
 def _biased_attention(plan: Plan, cache: KVCache, x: AttentionInputs, blocks: Array) -> tuple[Array, Array]:
     """(out f32 [batch, q_heads, 1, head_dim], lse f32 [batch, q_heads, 1]) with the selector's bias on chosen slots."""
     i, codec = x.layer, plan.layers[x.layer].policy.codec
-    blocks = selecting.ascending(blocks)
     part = _chosen(plan, cache, i, blocks)
     slots = selecting.slot_numbers(blocks, plan.block(i))
     valid = jnp.arange(part.slots) < part.lengths[..., None]

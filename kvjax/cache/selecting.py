@@ -21,6 +21,7 @@ from kvjax.cache.state import KVCache
 from kvjax.codecs.base import Field
 from kvjax.policies.observation import Observation
 from kvjax.policies.selectors.base import ALWAYS, NEVER, Call, Entries
+from kvjax.sharded_kernels import select_top
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttentionInputs
 
@@ -171,7 +172,7 @@ def streamed(plan: Plan, cache: KVCache, i: int) -> Array:
 
 
 def choose(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCache]:
-    """Blocks that this step reads: int32 [batch, kv_heads, n], in any order, -1 at the end."""
+    """Blocks that this step reads: int32 [batch, kv_heads, n], ascending, -1 at the end."""
     i = x.layer
     layer, heads = cache.layers[i], index_layout.retrieving(plan, i)
     own, ours = _own(layer.index)
@@ -248,30 +249,22 @@ def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array) -> Arra
     scores = jnp.where(number < end, scores, NEVER)
     count = jnp.maximum(counts, sinks[..., 0] + (end - recent)[..., 0])
     width = min(index_layout.choice_width(plan, i), scores.shape[2])
-    best, table = jax.lax.top_k(scores, width)
-    keep = (jnp.arange(width) < count[..., None]) & (best > NEVER)
-    return jnp.where(keep, table, -1)  # best first, so what is not kept is at the end
-
-
-def ascending(table: Array) -> Array:
-    """Sorted, with -1 at the end."""
-    table = jnp.sort(jnp.where(table < 0, np.int32(2**31 - 1), table), axis=-1)
-    return jnp.where(table == 2**31 - 1, -1, table)
+    return select_top(scores, count.astype(jnp.int32), width=width)
 
 
 def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:
-    """An earlier choice and the blocks of the newest entries, some of which came after it."""
+    """An earlier choice and the blocks of the newest entries, some of which came after it; ascending as the choice is."""
     _, recent, end = (a[..., None] for a in _forced(plan, i, fill))
-    newest = recent + jnp.arange(index_layout.late_width(plan, i))
-    return ascending(
-        jnp.concatenate([jnp.where(chosen < recent, chosen, -1), jnp.where(newest < end, newest, -1)], axis=2)
-    )
+    late = index_layout.late_width(plan, i)
+    kept = (chosen >= 0) & (chosen < recent)
+    old = jnp.pad(jnp.where(kept, chosen, -1), ((0, 0), (0, 0), (0, late)), constant_values=-1)
+    newest = recent + jnp.arange(old.shape[2]) - jnp.sum(kept, axis=-1, keepdims=True)
+    return jnp.where(old >= 0, old, jnp.where(newest < end, newest, -1))
 
 
-def fetch(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> tuple[Array, KVCache]:
-    """(the table in ascending order, the cache with its blocks on the device), for an offloaded layer."""
-    table = ascending(table)
-    return table, placing.fetch(plan, cache, x.layer, table, _supplied(plan, cache, x, table))
+def fetch(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> KVCache:
+    """The cache with the blocks of an ascending table on the device, for an offloaded layer."""
+    return placing.fetch(plan, cache, x.layer, table, _supplied(plan, cache, x, table))
 
 
 def _supplied(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> dict[str, Array]:
@@ -300,7 +293,6 @@ def choose_ahead(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array,
     i, before = x.layer, cache.layers[x.layer].fill
     new = jnp.any(x.positions >= 0, axis=1).astype(before.dtype)[:, None]
     table, cache = choose(plan, _with_fill(cache, i, before + new), x)
-    table = ascending(table)
     cache = placing.prefetch(plan, cache, i, table, _supplied(plan, cache, x, table))
     cache = _with_fill(cache, i, before)
     index = cache.layers[i].index

@@ -55,6 +55,7 @@ def decode_attention_gpu(
     block_size: int | None,
     return_mass: bool,
     mass_per: str = "query",
+    blocks_ascend: bool = False,
     splits: int | None = None,
     stages: int | None = None,
     block: int | None = None,
@@ -62,7 +63,7 @@ def decode_attention_gpu(
 ) -> tuple[Array, Array, Array | None]:
     """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass or None)."""
     if blocks is not None and block_size % least_block(store):
-        store, lengths, table = gpu_blocks.as_pages(store, lengths, blocks, block_size)
+        store, lengths, table = gpu_blocks.as_pages(store, lengths, blocks, block_size, blocks_ascend)
         blocks = block_size = None
     batch, q_heads, tokens, dim = q.shape
     kv_heads = lengths.shape[1]

@@ -19,24 +19,28 @@ def are_pages(store: KVStore, table: Array | None, block_size: int) -> bool:
     return store.format == DENSE and table is None and block_size % _ROWS == 0 and _STEP % block_size == 0
 
 
-def as_pages(store: KVStore, lengths: Array, blocks: Array, block_size: int) -> tuple[KVStore, Array, Array]:
+def as_pages(
+    store: KVStore, lengths: Array, blocks: Array, block_size: int, ascend: bool = False
+) -> tuple[KVStore, Array, Array]:
     """The same slots as pages: store of pools, lengths int32 [batch, kv_heads] and table int32 [batch, kv_heads, n].
 
-    Nothing is copied: a row's blocks lie side by side already. They are put in ascending order, since the row's newest
-    block may end early and must be the last page; attention itself does not mind their order.
+    Nothing is copied: a row's blocks lie side by side already. They are put in ascending order unless they have it, since
+    the row's newest block may end early and must be the last page; attention itself does not mind their order.
 
     Args:
       store: dense, [batch, kv_heads, slots, head_dim].
       lengths: int32 [batch, kv_heads], valid slots.
       blocks: int32 [batch, kv_heads, n], each block at most once, -1 pads at the end.
       block_size: slots per block, which divides the slots.
+      ascend: the blocks are in ascending order already.
     """
     batch, kv_heads, slots, dim = store.k.shape
     per_row, none = slots // block_size, np.int32(2**31 - 1)
     # Blocks past the end hold nothing; they would count as pages otherwise.
     used = (blocks >= 0) & (blocks * block_size < lengths[..., None])
-    blocks = jnp.sort(jnp.where(used, blocks, none), axis=-1)
-    used = blocks < none
+    if not ascend:
+        blocks = jnp.sort(jnp.where(used, blocks, none), axis=-1)
+        used = blocks < none
     valid = jnp.clip(lengths[..., None] - jnp.where(used, blocks, 0) * block_size, 0, block_size)
     kept = jnp.sum(jnp.where(used, valid, 0), axis=-1)
     first = jnp.arange(batch * kv_heads, dtype=jnp.int32).reshape(batch, kv_heads, 1) * per_row

@@ -51,6 +51,7 @@ def decode_attention(
     table: Array | None = None,
     blocks: Array | None = None,
     block_size: int | None = None,
+    blocks_ascend: bool = False,
     return_lse: bool = False,
     return_mass: bool = False,
     mass_per: str = "query",
@@ -84,6 +85,7 @@ def decode_attention(
       blocks: int32 [batch, kv_heads, n_blocks]: only these blocks of slots are read (block i: slots
         i * block_size ...), each at most once, -1 pads at the end. The residual window is always read.
       block_size: slots per block; with `table`, a multiple or a divisor of the page size.
+      blocks_ascend: `blocks` is in ascending order, which saves the Hopper kernel a sort where blocks are small.
       return_lse: also return the log-sum-exp, and `out` in float32, to be merged with other parts.
       return_mass: also return the probability of every slot, summed over the tokens; 0 in blocks not read.
       mass_per: "query" for one row of mass per query head, "kv_head" for their sum over each group, which is
@@ -94,7 +96,7 @@ def decode_attention(
 
     Raises:
       ValueError: shapes, dtypes, formats or layouts that do not fit, or an `implementation` that cannot run.
-      checkify.JaxRuntimeError: under `checkify.checkify`, lengths, pages or blocks out of range.
+      checkify.JaxRuntimeError: under `checkify.checkify`, lengths, pages or blocks out of range or order.
     """
     _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size)
     check_scale(_OP, scale, softcap)
@@ -105,7 +107,7 @@ def decode_attention(
         window=window, softcap=softcap, table=table, blocks=blocks, block_size=block_size,
         return_mass=return_mass,
     )  # fmt: skip
-    _debug_checks(kv, lengths, table, blocks, block_size)
+    _debug_checks(kv, lengths, table, blocks, block_size, blocks_ascend)
     layout = dict(table=table, blocks=blocks, block_size=block_size)
     reasons = {
         "mosaic_gpu": require_hopper()
@@ -124,7 +126,9 @@ def decode_attention(
     chosen = choose_implementation(_OP, implementation, reasons, tuple(reasons))
     implementations: dict[str, Callable] = {
         "xla": decode_attention_xla,
-        "mosaic_gpu": functools.partial(gpu.decode_attention_gpu, mass_per=mass_per),
+        "mosaic_gpu": functools.partial(
+            gpu.decode_attention_gpu, mass_per=mass_per, blocks_ascend=blocks_ascend
+        ),
         "mosaic_tpu": tpu.decode_attention_tpu,
     }
     with jax.named_scope(_OP):
@@ -149,7 +153,7 @@ def reads_blocks(
     return gpu_reason is None or (require_platform("tpu") or tpu.unsupported(q, kv, **layout)) is None
 
 
-def _debug_checks(kv, lengths, table, blocks, block_size) -> None:
+def _debug_checks(kv, lengths, table, blocks, block_size, blocks_ascend) -> None:
     """Checks of values, which cost nothing unless the caller's function runs under `checkify.checkify`."""
     slots = kv.slots * (1 if table is None else table.shape[2])
     full = (lengths >= 0) & (lengths <= slots)
@@ -163,6 +167,9 @@ def _debug_checks(kv, lengths, table, blocks, block_size) -> None:
     if blocks is not None:
         known = (blocks >= -1) & (blocks < slots // block_size)
         checkify.debug_check(known.all(), f"{_OP}: blocks outside the {slots // block_size} of a row")
+        if blocks_ascend:
+            order = (blocks[..., 1:] > blocks[..., :-1]) | (blocks[..., 1:] < 0)
+            checkify.debug_check(order.all(), f"{_OP}: blocks do not ascend")
 
 
 def _validate(q, kv, lengths, positions, q_positions, mask, window, table, blocks, block_size) -> None:

@@ -213,6 +213,9 @@ def test_step_never_copies_the_cache(fmt):
         (dict(table=99), "pages outside the pool's 19"),
         (dict(lengths=300), "lengths outside 0 to 256 slots"),
         (dict(blocks=4), "blocks outside the 4 of a row"),
+        (dict(blocks=3), None),
+        (dict(blocks=3, ascend=True), "blocks do not ascend"),
+        (dict(ascend=True), None),
     ],
 )
 def test_values_out_of_range_are_caught_in_debug_mode(change, message):
@@ -220,11 +223,11 @@ def test_values_out_of_range_are_caught_in_debug_mode(change, message):
     table, lengths = jnp.asarray(problem.table), jnp.asarray(problem.lengths)
     table = table.at[1, 0, 1].set(change.get("table", table[1, 0, 1]))
     lengths = lengths.at[0, 1].set(change.get("lengths", 100))
-    blocks = jnp.full((2, 2, 2), -1, jnp.int32).at[0, 0, 0].set(change.get("blocks", 1))
+    blocks = jnp.full((2, 2, 3), -1, jnp.int32).at[0, 0, :2].set(jnp.array([change.get("blocks", 1), 2]))
 
     def call():
         return decode_attention(problem.q, problem.store, lengths=lengths, scale=0.1, table=table, blocks=blocks,
-                                block_size=64)  # fmt: skip
+                                block_size=64, blocks_ascend=change.get("ascend", False))  # fmt: skip
 
     error, _ = jax.jit(checkify.checkify(call))()
     assert (error.get() is None) if message is None else (message in error.get())

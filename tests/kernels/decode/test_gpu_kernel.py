@@ -197,7 +197,11 @@ def test_small_blocks_become_pages_of_the_same_slots(data):
     blocks = np.where(np.arange(n) < rng.integers(0, n + 1, (batch, kv_heads, 1)), blocks, -1).astype(
         np.int32
     )
-    store, kept, table = gpu_blocks.as_pages(formats.KVStore(k, v), lengths, blocks, block)
+    ascend = data.draw(st.booleans())
+    if ascend:
+        blocks = np.sort(np.where(blocks < 0, per_row, blocks), axis=-1)
+        blocks = np.where(blocks == per_row, -1, blocks)
+    store, kept, table = gpu_blocks.as_pages(formats.KVStore(k, v), lengths, blocks, block, ascend)
     assert store.k.shape == (batch * kv_heads * per_row, block, dim)
     for b, h in np.ndindex(batch, kv_heads):
         want = {
