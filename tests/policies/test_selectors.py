@@ -68,7 +68,7 @@ def chosen_slots(plan, cache, x):
     for b in range(3):
         for h in range(LM.kv_heads):
             named = np.asarray(table)[b, h]
-            assert len(set(named[named >= 0])) == (named >= 0).sum()  # each block once
+            assert (np.diff(named[named >= 0]) > 0).all()  # ascending, so each block once
             assert (named[(named >= 0).sum() :] == -1).all()
             valid = np.repeat(named >= 0, block) & (slots[b, h] < fill[b, h])
             out[b, h] = sorted(slots[b, h][valid].tolist())

@@ -196,6 +196,9 @@ def test_kept_choices_are_of_retrieval_heads():
         table, cache = selecting.choose(plan, appended, x)
         for b, n in enumerate(LENGTHS):
             assert sorted(np.asarray(table)[b, 0][np.asarray(table)[b, 0] >= 0]) == streams(n + more)
+        for named in np.asarray(table).reshape(-1, table.shape[2]):
+            used = (named >= 0).sum()
+            assert (np.diff(named[:used]) > 0).all() and (named[used:] == -1).all()
         chosen = np.asarray(cache.layers[0].index["chosen"])
         assert kept is None or np.array_equal(chosen, kept)
         kept = chosen
