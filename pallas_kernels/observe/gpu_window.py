@@ -82,7 +82,8 @@ def window_mass_gpu(
         b, h = lax.axis_index("batch"), lax.axis_index("heads")
         first = lax.axis_index("part") * per
         count = jnp.minimum(per, tiles - first)
-        plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(h * group, group)], q_smem, q_full)
+        for g in range(group):
+            plgpu.copy_gmem_to_smem(q_ref.at[b, h * group + g], q_smem.at[g], q_full)
 
         @pl.loop(0, count)
         def _(i):
@@ -129,7 +130,7 @@ def window_mass_gpu(
             plgpu.SMEM((group, columns, head_dim), q.dtype, transforms=transforms),
             plgpu.SMEM((per, TILE, head_dim), q.dtype, transforms=transforms),
             plgpu.SMEM((per, group, TILE), jnp.float32),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=group),
             plgpu.Barrier(num_barriers=per),
         )
 
