@@ -24,6 +24,7 @@ SPECS = [
     "pqcache(read=0.065, parts=16, bits=4, recent=8)",
     "pqcache(read=0.08, parts=16, bits=4, recent=8, page=8)",
     "pqcache(read=0.065, parts=32, bits=4, recent=8, page=16)",
+    "pqcache(read=0.035, parts=64, bits=4, recent=8, page=16)",
 ]
 
 

@@ -48,7 +48,7 @@ class Plan:
     group: int
     slots: int
     block: int
-    ahead: int = 2  # steps whose codes are on their way
+    ahead: int  # steps whose codes are on their way
 
     @property
     def width(self) -> int:
@@ -102,7 +102,7 @@ def unsupported(tables: Array, codes: Array, *, bits: int, block: int) -> str | 
         return f"block={block} (powers of two up to 64 are supported)"
     if slots == 0 or slots % 2:
         return f"{slots} slots (an even number is supported)"
-    plan = Plan(bits, parts, group, slots, block)
+    plan = Plan(bits, parts, group, slots, block, ahead=1)
     if plan.table_bytes > 96 * 1024:
         return f"{plan.table_bytes} bytes of tables (96 KiB fit)"
     if slots * max(plan.slot_bytes, 4 * group) >= 2**31:
@@ -135,15 +135,17 @@ def code_scores_gpu(
     *,
     bits: int,
     block: int,
-    ahead: int = 2,
+    ahead: int | None = None,
     splits: int | None = None,
 ) -> tuple[Array, Array]:
     """See `ops.code_scores`; operands as accepted by `unsupported`.
 
-    ahead: steps whose codes are on their way while one is scored. splits: warpgroups of a row and KV head; None fills the GPU.
+    ahead: steps whose codes are on their way while one is scored; None: 2, or 1 where their registers are needed. splits:
+    warpgroups of a row and KV head; None fills the GPU.
     """
     batch, kv_heads, group, parts, _ = tables.shape
     rows, slots = batch * kv_heads, codes.shape[2]
+    ahead = ahead or (2 if codes.shape[3] <= 16 else 1)
     plan = Plan(bits, parts, group, slots, block, ahead)
     with jax.named_scope("code_scores_gpu"):
         levels, step, base = fixed_point(tables, 2**bits, plan.words)

@@ -208,7 +208,10 @@ hopper = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu" or 
                                               reason="needs a Hopper GPU")]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=hopper) for c in [*CASES, (4, 16, 16, 4, 70_000, 8)]])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=hopper) for c in [*CASES, (4, 16, 16, 4, 70_000, 8), (4, 64, 16, 4, 512, 16)]],
+)
 def test_the_hopper_kernel(case):
     seed = np.random.SeedSequence().entropy
     group, parts, words, bits, slots, block = case
