@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import ptx
+from pallas_kernels.inline import inline
 from pallas_kernels.ptx import Reg
 
 Array = jax.Array
@@ -89,9 +90,7 @@ def select_top_gpu(
 def _kernel(plan: _Plan, rows: int):
     def body(scores, counts, out, histogram, totals, found):
         row = lax.axis_index("row")
-        ref, number = plgpu.RefType(), plgpu.Layout.WG_SPLAT(())
-        run = plgpu.inline_mgpu(arg_types=(ref, ref, number, ref, ref, ref))(_select(plan))
-        run(scores.at[row], out.at[row], counts[row], histogram, totals, found)
+        inline(_select(plan), scores.at[row], out.at[row], counts[row], histogram, totals, found)
 
     return plgpu.kernel(
         body,

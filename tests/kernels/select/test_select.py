@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lockstep
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,6 +38,8 @@ def cases(rng, n):
     yield np.full(n, rng.standard_normal(), F32)
     yield np.where(rng.random(n) < 0.5, -np.inf, normal).astype(F32)
     yield np.full(n, -np.inf, F32)
+    yield np.where(np.arange(n) < n // 2, normal, -np.inf).astype(F32)  # as a cache that is half full
+    yield np.sort(normal)
     yield np.where(rng.random(n) < 0.3, np.inf, normal).astype(F32)
     nan = rng.choice(np.array([0x7FC00000, 0xFFC00000, 0xFF800001], np.uint32).view(F32), n)
     yield np.where(rng.random(n) < 0.3, nan, normal)
@@ -46,9 +49,9 @@ def cases(rng, n):
 
 
 def problem(seed, n):
-    """(scores [10, 3, n], counts [10, 3]): every case in random order, counts from below none to above the width."""
+    """(scores [12, 3, n], counts [12, 3], width): every case, counts from below none to above the width."""
     rng = np.random.default_rng(seed)
-    scores = np.stack([[row[rng.permutation(n)] for _ in range(3)] for row in cases(rng, n)])
+    scores = np.stack([list(cases(rng, n)) for _ in range(3)], axis=1)
     width = int(rng.integers(1, n + 1))
     counts = rng.integers(0, width + 1, scores.shape[:2]).astype(np.int32)
     ends = rng.choice([0, 1, width, n, width + 7, -3], counts.shape)
@@ -106,6 +109,25 @@ def test_rows_on_a_mesh_are_selected_where_they_are():
             np.testing.assert_array_equal(compiled(*args), best(scores, counts, width))
         if last is None:
             assert "all-gather" not in compiled.as_text() and "all-reduce" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("n, threads", [(1, 128), (37, 128), (2048, 128), (3001, 256), (20001, 1024)])
+def test_the_kernel_in_lockstep(monkeypatch, n, threads):
+    """The kernel's own code, its instructions replaced by NumPy's: every number once, and all of the width written once."""
+    scores, counts, width = problem(np.random.SeedSequence().entropy, n)
+    scores = np.pad(scores, ((0, 0), (0, 0), (0, -n % 4)), constant_values=-np.inf)
+    histogram, totals, found = 0, 4 * 2048 * 4, 4 * 2048 * 4 + 256
+    monkeypatch.setattr(gpu, "arith", lockstep.arith)
+    monkeypatch.setattr(gpu, "Reg", lockstep.Reg)
+    some = [(row, width, count) for row, count in zip(scores[:, 0], counts[:, 0])]
+    for row, width, count in some + [(row, n, np.int32(n)) for row in scores[:, 1]]:
+        plan = gpu._Plan(scores.shape[2], width, threads, 4)
+        machine = lockstep.Machine(threads, found + 48, row, width)
+        monkeypatch.setattr(gpu, "ptx", machine)
+        with np.errstate(over="ignore", invalid="ignore"):
+            gpu._select(plan)(None, "row", "out", count, histogram, totals, found)
+        np.testing.assert_array_equal(machine.out, best(row[None, None], np.array([[count]]), width)[0, 0])
+        assert (machine.writes == 1).all()
 
 
 @pytest.mark.parametrize("n, width", [(1, 1), (37, 37), (4097, 410), (131072, 8520), (1048576, 10485)])
