@@ -10,8 +10,6 @@ from pallas_kernels.platform import check_dtype, check_shape, choose_implementat
 
 Array = jax.Array
 
-PREFER_KERNEL = False  # whether the Hopper kernel is the default where it can run
-
 
 def code_scores(
     tables: Array,
@@ -60,15 +58,14 @@ def code_scores(
     if block < 1 or codes.shape[2] % block:
         raise ValueError(f"{op}: blocks of {block} slots do not divide {codes.shape[2]} slots")
     unsupported = {"mosaic_gpu": _refused(tables, codes, bits, block), "xla": None}
-    order = ("mosaic_gpu", "xla") if PREFER_KERNEL else ("xla", "mosaic_gpu")
-    chosen = choose_implementation(op, implementation, unsupported, order)
+    chosen = choose_implementation(op, implementation, unsupported, ("mosaic_gpu", "xla"))
     run = gpu.code_scores_gpu if chosen == "mosaic_gpu" else code_scores_xla
     return run(tables, codes, lengths, bits=bits, block=block)
 
 
 def has_kernel(tables: Array, codes: Array, *, bits: int, block: int = 1) -> bool:
     """True when `code_scores` runs a kernel on such operands by default; else XLA may fuse a choice better from logits."""
-    return PREFER_KERNEL and _refused(tables, codes, bits, block) is None
+    return _refused(tables, codes, bits, block) is None
 
 
 def _refused(tables: Array, codes: Array, bits: int, block: int) -> str | None:

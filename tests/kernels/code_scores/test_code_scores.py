@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import ptx
-from pallas_kernels.code_scores import code_scores, gpu, has_kernel, ops
+from pallas_kernels.code_scores import code_scores, gpu, has_kernel
 from pallas_kernels.code_scores.reference import code_scores_xla
 from pallas_kernels.platform import require_hopper
 
@@ -222,16 +222,14 @@ def test_the_hopper_kernel(case):
         check(got, expected(tables, codes, lengths, block), tables)
 
 
-@pytest.mark.parametrize("prefer", [pytest.param(p, marks=hopper) for p in (False, True)])
-def test_the_default(monkeypatch, prefer):
-    monkeypatch.setattr(ops, "PREFER_KERNEL", prefer)
+@pytest.mark.parametrize("block", [pytest.param(8, marks=hopper)])
+def test_the_default(block):
     tables, _, packed, lengths = draw(3, 1, 2, 4, 16, 16, 4, 256)
-    text = jax.jit(lambda *a: code_scores(*a, bits=4, block=8)).lower(tables, packed, lengths).as_text()
-    assert ("@mosaic_gpu" in text) is prefer is has_kernel(tables, packed, bits=4, block=8)
+    text = jax.jit(lambda *a: code_scores(*a, bits=4, block=block)).lower(tables, packed, lengths).as_text()
+    assert "@mosaic_gpu" in text and has_kernel(tables, packed, bits=4, block=block)
 
 
-def test_without_a_gpu_there_is_no_kernel(monkeypatch):
-    monkeypatch.setattr(ops, "PREFER_KERNEL", True)
+def test_without_a_gpu_there_is_no_kernel():
     tables, _, packed, _ = draw(3, 1, 2, 4, 16, 16, 4, 256)
     assert has_kernel(tables, packed, bits=4, block=8) is (require_hopper() is None)
     assert not has_kernel(tables, packed, bits=4, block=128)

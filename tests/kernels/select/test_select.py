@@ -144,10 +144,8 @@ def test_what_the_kernel_is_chosen_for(monkeypatch):
     monkeypatch.setattr(ops, "require_hopper", lambda: None)
     monkeypatch.setattr(gpu, "select_top_gpu", lambda scores, *_: called.append(scores.shape[2]))
     counts = jnp.ones((1, 1), jnp.int32)
-    for prefer in (False, True):
-        monkeypatch.setattr(ops, "PREFER_KERNEL", prefer)
-        for n in (ops.LEAST_SIZE - 1, ops.LEAST_SIZE):
-            select_top(jnp.zeros((1, 1, n)), counts, width=1)
+    for n in (ops.LEAST_SIZE - 1, ops.LEAST_SIZE):
+        select_top(jnp.zeros((1, 1, n)), counts, width=1)
     assert called == [ops.LEAST_SIZE]
     select_top(jnp.zeros((1, 1, 8)), counts, width=1, implementation="mosaic_gpu")
     assert called == [ops.LEAST_SIZE, 8]
