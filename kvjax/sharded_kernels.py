@@ -98,12 +98,12 @@ def fuses(
     return decode_op.reads_blocks(q, kv, lengths=lengths, table=table, blocks=blocks, block_size=block_size)
 
 
-def select_top(scores: Array, counts: Array, *, width: int) -> Array:
+def select_top(scores: Array, counts: Array, *, width: int, implementation: str | None = None) -> Array:
     """`pallas_kernels.select.select_top`, spread over the ambient mesh where it can be; XLA's where slots are sharded."""
     spec = partition(*counts.shape)
     if spec is None:
-        return select_op.select_top(scores, counts, width=width)
-    local = functools.partial(select_op.select_top, width=width)
+        return select_op.select_top(scores, counts, width=width, implementation=implementation)
+    local = functools.partial(select_op.select_top, width=width, implementation=implementation)
     return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec, check_vma=False)(scores, counts)
 
 

@@ -25,6 +25,8 @@ from kvjax.sharded_kernels import select_top
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttentionInputs
 
+_LONG = 8192  # scores of a row that XLA sorts through a library, which ends a graph too
+
 
 def active(plan: Plan, i: int) -> bool:
     """True when layer i reads a selection."""
@@ -201,7 +203,9 @@ def _chosen(
 
     def select(own: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         scores, own = selector.score(own, call)
-        return _best(plan, i, scores, call.fill, counts), own
+        # A kernel of ours ends a CUDA graph, and with it what runs beside the fetch; XLA's sort of a short row does not.
+        inside = foresees(plan, cache, i) and scores.shape[2] < _LONG
+        return _best(plan, i, scores, call.fill, counts, "xla" if inside else None), own
 
     if "chosen" not in ours:
         table, own = select(own)
@@ -238,7 +242,7 @@ def _forced(plan: Plan, i: int, fill: Array) -> tuple[Array, Array, Array]:
     return jnp.minimum(-(-sink // block), end), jnp.where(recent > 0, first, end), end
 
 
-def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array) -> Array:
+def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array, implementation: str | None) -> Array:
     """The table of the best blocks, from scores f32 [batch, heads, units]; counts int32 [batch, heads]: how many to read."""
     ratio = plan.block(i) // plan.layers[i].policy.selector.unit
     if ratio > 1:
@@ -249,7 +253,7 @@ def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array) -> Arra
     scores = jnp.where(number < end, scores, NEVER)
     count = jnp.maximum(counts, sinks[..., 0] + (end - recent)[..., 0])
     width = min(index_layout.choice_width(plan, i), scores.shape[2])
-    return select_top(scores, count.astype(jnp.int32), width=width)
+    return select_top(scores, count.astype(jnp.int32), width=width, implementation=implementation)
 
 
 def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:

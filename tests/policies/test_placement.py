@@ -11,7 +11,7 @@ import pytest
 
 import kvjax.policies as P
 from kvjax import arrays
-from kvjax.cache import placing, traffic
+from kvjax.cache import placing, selecting, traffic
 from kvjax.cache.plan import Plan
 from kvjax.generation import engine, limits
 from kvjax.generation.generator import Generator
@@ -91,6 +91,18 @@ def test_only_foreseen_fetches_on_a_gpu_run_beside_other_kernels(monkeypatch):
         engine.decode,
         engine.decode_overlapping,
     ]
+
+
+def test_a_foreseen_choice_stays_in_the_graph_of_the_step(monkeypatch):
+    """A Pallas kernel would end it, and the fetch would wait for the layer before. Layer 0 is not foreseen."""
+    seen, real = [], selecting.select_top
+    record = lambda *a, implementation, **k: seen.append(implementation) or real(*a, **k)  # noqa: E731
+    monkeypatch.setattr(selecting, "select_top", record)
+    for spec in (QUEST, f"{QUEST} | offload", f"{QUEST} | offload(ahead=True)"):
+        plan = Plan(P.parse(spec), LM.shape, 1, 32, 8)
+        _, cache = engine.prefill(LM, plan, LM.init(), *ragged((32,), 32))
+        steps(LM, plan, LM.init(), cache, STEPS[:1, :1])
+    assert seen == [None, None, None, None, None, "xla"]
 
 
 def test_without_a_selector_every_step_moves_everything():
