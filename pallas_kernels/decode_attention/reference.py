@@ -47,7 +47,7 @@ def decode_attention_xla(
     """(out f32 [batch, q_heads, tokens, head_dim], lse f32 [batch, q_heads, tokens], mass or None)."""
     batch, q_heads, tokens, dim = q.shape
     kv_heads = lengths.shape[1]
-    half = store.format in EIGHT_BIT and q.dtype.itemsize == 2 and target_platform() == "gpu"
+    half = store.format != DENSE and q.dtype.itemsize == 2 and target_platform() == "gpu"
     work = q.dtype if half or (store.format == DENSE and q.dtype == store.k.dtype) else jnp.float32
     grouped = q.astype(work).reshape(batch, kv_heads, q_heads // kv_heads * tokens, dim)
     query = _Query(grouped, tokens, scale, softcap)
@@ -62,7 +62,10 @@ def decode_attention_xla(
         pos = None if positions is None else jnp.take_along_axis(positions, safe, axis=-1)
         return sees(ids, valid=(ids >= 0) & (ids < lengths[..., None]), positions=pos)
 
-    if (half or store.format == DENSE) and table is None and blocks is None:
+    whole = store.format == DENSE or (
+        half and store.format in EIGHT_BIT
+    )  # packed codes would be unpacked in memory
+    if whole and table is None and blocks is None:
         ids = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, kv_heads, slots))
         pos = None if positions is None else positions[..., :slots]
         seen = sees(ids, valid=ids < lengths[..., None], positions=pos)
@@ -311,7 +314,7 @@ def _finite(codes: Array) -> Array:
 def _values(prob: Array, store: KVStore, work: jnp.dtype) -> Array:
     """prob . v in f32 [batch, kv_heads, rows, head_dim]; work: dtype of the products with K.
 
-    8 bits are exact in bfloat16: with 16-bit queries a GPU takes the codes as they are into its matrix units.
+    Codes are exact in bfloat16: with 16-bit queries a GPU takes them as they are into its matrix units.
     """
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     with jax.named_scope("values"):
@@ -324,12 +327,13 @@ def _values(prob: Array, store: KVStore, work: jnp.dtype) -> Array:
             dtype = jnp.bfloat16 if work.itemsize == 2 else jnp.float32
             v = _finite(store.v).astype(dtype)  # a valid entry's NaN is in its scale too
             return dot("bhrn,bhnd->bhrd", weight.astype(dtype), v, precision=dot_precision(dtype))
-        codes = unpack(store.v, PACKED_BITS[store.format]).astype(jnp.float32)
+        dtype = jnp.bfloat16 if work.itemsize == 2 else jnp.float32
+        codes = unpack(store.v, PACKED_BITS[store.format]).astype(dtype)
         batch, kv_heads, n, dim = codes.shape
         codes = codes.reshape(batch, kv_heads, n, dim // store.group, store.group)
         v_scale, v_zero = (x.astype(jnp.float32) for x in (store.v_scale, store.v_zero))  # [b, h, j, n]
-        weight = prob[:, :, :, None] * v_scale[:, :, None]  # [b, h, rows, j, n]
-        out = dot("bhrjn,bhnjc->bhrjc", weight, codes, precision=exact)
+        weight = (prob[:, :, :, None] * v_scale[:, :, None]).astype(dtype)  # [b, h, rows, j, n]
+        out = dot("bhrjn,bhnjc->bhrjc", weight, codes, precision=dot_precision(dtype))
         out = out + dot("bhrn,bhjn->bhrj", prob, v_zero, precision=exact)[..., None]
         return out.reshape(*out.shape[:3], dim)
 

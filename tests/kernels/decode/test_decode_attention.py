@@ -233,10 +233,10 @@ def test_values_out_of_range_are_caught_in_debug_mode(change, message):
     assert (error.get() is None) if message is None else (message in error.get())
 
 
-@pytest.mark.parametrize("fmt", EIGHT_BIT)
-@pytest.mark.parametrize("page", [None, 64])
+@pytest.mark.parametrize("fmt", [*EIGHT_BIT, *PACKED_BITS])
+@pytest.mark.parametrize("page", [None, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_eight_bit_products_of_sixteen_bits_in_xla(monkeypatch, fmt, page, dtype):
+def test_products_of_sixteen_bits_in_xla(monkeypatch, fmt, page, dtype):
     """What a GPU without a kernel for the shape runs: codes enter the products as they are; NaN past the lengths."""
     monkeypatch.setattr(reference, "target_platform", lambda: "gpu")
     rng = np.random.default_rng()
