@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pallas_kernels import observe
+from pallas_kernels.platform import target_platform
 
 Array = jax.Array
 
@@ -155,7 +156,8 @@ class Observation:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
-            causal_aligned=self.aligned,
+            # The kernels need it; XLA on a CPU would save half the products and hold a tenth more memory.
+            causal_aligned=self.aligned and target_platform() != "cpu",
         )
 
     def column_reduce(self, fn: Callable[[Array, Array], Any]) -> Any:
@@ -173,7 +175,6 @@ class Observation:
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
-            causal_aligned=self.aligned,
         )
 
     def rotate(self, x: Array, positions: Array) -> Array:
