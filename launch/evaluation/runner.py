@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import jax
+
 from launch.evaluation.results import Record, Store, key_of, row_of
 from launch.evaluation.samples import Sample, string_match
 from launch.evaluation.tasks import PERPLEXITY, Task, Window
@@ -67,6 +69,7 @@ def evaluate(
                 row["score"] = math.exp(row["score"])
             rows.append(row)
             store.write_rows(rows)
+        jax.clear_caches()  # no other policy shares its programs, and a process has room for some 60 policies' only
     return rows
 
 
