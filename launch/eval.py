@@ -93,8 +93,9 @@ def main(f: flags.FlagValues) -> None:
     for note in filter(None, (task.note for task in tasks)):
         print(note)
     print(f"\n{session.model.name} {session.model.fingerprint}, {session.dtype}, {session.backend}")
-    drawn = f"plot in {picture}, " if scored else ""
-    print(f"rows in {out}, {drawn}samples in {Store(out).samples}")
+    if not scored:
+        raise ValueError(f"no sample was scored; the first error: {rows[0]['errors'][0]}")
+    print(f"rows in {out}, plot in {picture}, samples in {Store(out).samples}")
 
 
 def read_policies(text: str) -> list[str]:

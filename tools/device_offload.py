@@ -115,8 +115,10 @@ def logit_error(lm: DecoderLM, plan: Plan, params, cache, host, copies) -> float
     return float(jnp.max(jnp.abs(step(params, cache, host) - step(params, cache, copies))))
 
 
-def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CONTEXT, capped: bool = False):
-    """A row of results and the tokens int32 [batch, STEPS]."""
+def run(
+    lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CONTEXT, capped=False, trace=None
+):
+    """A row of results and the tokens int32 [batch, STEPS]; trace: a directory for a profile of one more call."""
     policy = spec if not isinstance(spec, str) else P.parse(spec)
     plan = Plan(policy, lm.shape, batch, context, RESERVE)
     cache, host, filled = fill(plan)
@@ -124,7 +126,7 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
     stops, limits = np.full((8,), -1, np.int32), np.full((batch,), RESERVE, np.int32)
     logits = jnp.zeros((batch, lm.config.vocab_size)).at[:, 7].set(1.0)
     state = engine.begin(cache, logits, settings, stops, limits, None, room=RESERVE)
-    times: dict[str, list[float]] = {"offloaded": [], "resident": []}
+    times: dict[str, list[float]] = {"offloaded": [], "resident": [], "traced": []}
 
     def steps(state, host, name):
         start = time.perf_counter()
@@ -137,6 +139,9 @@ def run(lm: DecoderLM, params, spec, batch: int, rate: float, context: int = CON
 
     for _ in range(RUNS):  # the first compiles, and a graph is set up anew for other buffers
         state = steps(state, host, "offloaded")
+    if trace and host is not None:
+        with jax.profiler.trace(f"{trace}/batch{batch}"):
+            state = steps(state, host, "traced")
     if host is not None and not capped and not plan.on_disk:
         copies = jax.block_until_ready(jax.tree.map(_copy, host))
         row_error = logit_error(lm, plan, params, state.cache, host, copies)
@@ -174,6 +179,8 @@ def main() -> None:
     parser.add_argument(
         "--capped", action="store_true", help="only the case that is to fit the capped memory"
     )
+    parser.add_argument("--only", default="", help="only cases whose policy contains this")
+    parser.add_argument("--trace", help="a directory: also profile one call of every offloaded case")
     parser.add_argument("--out")
     parser.add_argument(
         "--disk", help="a directory: also time pages on disk, with and without pages in host memory"
@@ -201,9 +208,9 @@ def main() -> None:
     if args.disk:
         near = ("memory=0", f"memory={1 << 36}")
         cases += [(f"{quest} | offload(disk={args.disk!r}, {memory})", args.batch) for memory in near]
-    for spec, batch in cases:
+    for spec, batch in (case for case in cases if args.only in case[0]):
         try:
-            row, tokens = run(lm, params, spec, batch, rate, args.context, args.capped)
+            row, tokens = run(lm, params, spec, batch, rate, args.context, args.capped, args.trace)
         except jax.errors.JaxRuntimeError as error:
             row, tokens = {"policy": str(spec)[:80], "error": str(error).splitlines()[0][:200]}, None
         print(json.dumps(row), flush=True)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 
+from launch import cli
 from launch.evaluation.results import Record, Store, key_of, row_of
 from launch.evaluation.samples import Sample, string_match
 from launch.evaluation.tasks import PERPLEXITY, Task, Window
@@ -82,14 +83,23 @@ def _records(
     batch: int,
     advance: Callable[[int], Any],
 ) -> tuple[list[Record], list[str]]:
-    """(records, what went wrong with the samples that have none); the latter are tried again by a later run."""
+    """(records, what went wrong with the samples that have none); the latter are tried again by a later run.
+
+    A policy that refuses a batch (a budget below what it protects, say) fails its own samples only.
+    """
     errors: list[str] = []
     keys = [key_of(policy=policy, task=task.name, sample=item.digest(), **settings) for item in task.items]
     missing = [(key, item) for key, item in zip(keys, task.items) if store.get(key) is None]
     advance(len(keys) - len(missing))
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
-        done = _score(engine, task, policy, [item for _, item in part])
+        try:
+            done = _score(engine, task, policy, [item for _, item in part])
+        except ValueError as error:  # what this policy refuses, the next may accept
+            reason = cli.explain(error)
+            if reason is None:
+                raise
+            done = [reason] * len(part)
         store.add({key: record for (key, _), record in zip(part, done) if isinstance(record, Record)})
         errors += [record for record in done if isinstance(record, str)]
         advance(len(part))

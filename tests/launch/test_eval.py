@@ -76,6 +76,19 @@ def test_rows_table_plot_and_a_second_run_that_computes_nothing(command, ruler, 
     assert len((tmp_path / "e.samples.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_policy_that_refuses_costs_its_own_rows_only(command, ruler, tmp_path):
+    out, tasks = tmp_path / "e.json", f"--tasks=ruler:{ruler}"
+    refused = "snapkv(budget=0.01)"  # refused once the context is known
+    done = command(command_eval, tasks, f"--policies={refused};full", "--limit=1", f"--out={out}")
+    assert done.code == 0, done.err
+    first, second = json.loads(out.read_text())
+    assert (first["n"], first["failed"], first["score"]) == (0, 1, None)
+    assert second["n"] == 1 and "failed" not in second
+    assert f"failed: 1 of {first['policy']}, qa; the first: " in done.out and "budget" in first["errors"][0]
+    alone = command(command_eval, tasks, f"--policies={refused}", "--limit=1", f"--out={tmp_path / 'f.json'}")
+    assert alone.code == 2 and first["errors"][0] in alone.err
+
+
 @pytest.mark.slow
 def test_a_full_disk_fails_one_sample_of_a_batch(command, ruler, tmp_path, monkeypatch):
     pages = tmp_path / "pages"

@@ -209,3 +209,12 @@ def test_a_row_whose_samples_all_failed_has_no_figures(tmp_path):
     assert table.splitlines()[-1].startswith("failed: 2 of full, t; ")
     report.plot([good, row], tmp_path / "e.png")
     assert report.summary([good, row]) == report.summary([good])
+
+
+def test_an_error_that_is_not_ours_ends_the_run(tmp_path):
+    class Broken(Engine):
+        def answer(self, policy, samples):
+            raise ValueError("operands could not be broadcast together")
+
+    with pytest.raises(ValueError, match="broadcast"):
+        run(tmp_path / "e.json", Broken())
