@@ -16,7 +16,7 @@ from kvjax.cache import prefix as shared
 from kvjax.cache.plan import Plan
 from kvjax.cache.prefix import Prefix
 from kvjax.cache.read import selected_attention, stored_attention
-from kvjax.cache.state import KVCache, View
+from kvjax.cache.state import Foreseen, KVCache, View
 from kvjax.compress import evict_step, store
 from kvjax.policies.observation import Observation
 from kvjax.policies.reducing import LOG_COUNT
@@ -214,8 +214,24 @@ def _remember(plan: Plan, cache: KVCache, x: AttentionInputs) -> KVCache:
     if "before" in plan.policy.needs:
         cache = cache.replace(hidden=x.hidden)
     if plan.policy.looks_ahead and x.q.shape[2] == 1:
-        cache = cache.replace(ahead=None if x.ahead is None else x.ahead())
+        cache = cache.replace(ahead=None if x.ahead is None else Foreseen(x.ahead().q))
     return cache
+
+
+def _foresee(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[AttentionInputs, KVCache, Foreseen]:
+    """(x, cache, what the next layer will need): the next layer's blocks are on their way.
+
+    The barrier orders the program, not the work: the fetch is issued before this layer's attention, so that its buffers are
+    none that attention and MLP use and, in a CUDA graph, neither waits for the other (`read._arrived` has the other half).
+    """
+    assert x.ahead is not None
+    following = x.ahead()
+    i = following.layer
+    seen, fetched = selecting.choose_ahead(plan, _remember(plan, cache, x), following)
+    q, fetched = jax.lax.optimization_barrier((x.q, fetched))
+    layers = list(cache.layers)
+    layers[i] = seen.layers[i]
+    return x.replace(q=q), cache.replace(layers=tuple(layers)), Foreseen(seen.ahead.q, fetched)
 
 
 def observation(
@@ -257,10 +273,11 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
         lp = plan.layers[i]
         policy = lp.policy
         evict = policy.compresses and policy.evict_decode
-        chosen = None
-        if selecting.foresees(plan, cache, i):
+        if not evict and selecting.foresees(plan, x):
             with jax.named_scope("prefetch"):
-                chosen, cache = selecting.choose_ahead(plan, cache, x)
+                x, cache, foreseen = _foresee(plan, cache, x)
+        else:
+            foreseen = None
         cache = _append(plan, cache, x)
         want_mass = evict and "mass" in policy.needs
         with jax.named_scope("decode_attention"):
@@ -275,7 +292,6 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
                     plan,
                     cache,
                     x,
-                    chosen=chosen,
                     return_lse=prefix is not None,
                     implementation=implementation,
                 )
@@ -296,10 +312,7 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
         out = constrain(out, ("batch", "q_heads", None, None))
         if not evict:
             cache = _remember(plan, cache, x)
-            if cache.ahead is not None:  # the next layer's choice starts here, beside this layer's MLP
-                out, ahead = jax.lax.optimization_barrier((out, cache.ahead))
-                cache = cache.replace(ahead=ahead)
-            return out, cache
+            return out, cache if foreseen is None else cache.replace(ahead=foreseen)
         with jax.named_scope("evict"):
             entries = ops.view(plan, cache, i)
             ctx = ops.context(plan, i, entries.pos, x.inv_freq)
@@ -309,6 +322,6 @@ def decode(plan: Plan, *, prefix: Prefix | None = None, implementation: str | No
                 obs = obs.replace(mass=mass[..., : entries.pos.shape[2]])
             obs = obs.replace(keep=cache.layers[i].limit.max(1))
             cache = evict_step(plan, cache, obs, entries)
-        return out, cache
+        return out, cache.replace(ahead=None)
 
     return attend

@@ -54,8 +54,8 @@ class AttentionInputs:
     hidden: Array | None = None  # [batch, tokens, embed], input of the q/k/v projections (after the norm)
     wo: Array | None = None  # [q_heads, head_dim, embed], output projection
     inv_freq: Array | None = None  # f32 [rotary_dim // 2]; RoPE turns channels i and i + rotary_dim // 2
-    # The next layer's queries, after RoPE, if this layer's input were its input too; None in the last layer.
-    ahead: Callable[[], Array] | None = struct.field(pytree_node=False, default=None)
+    # The next layer's operands, if this layer's input were its input too; None in the last layer.
+    ahead: Callable[[], AttentionInputs] | None = struct.field(pytree_node=False, default=None)
     layer: int = struct.field(pytree_node=False, default=0)
     scale: float = struct.field(pytree_node=False, default=1.0)  # logits = scale * q.k
     window: int | None = struct.field(pytree_node=False, default=None)  # sliding window in tokens

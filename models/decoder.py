@@ -140,7 +140,10 @@ def _block(
         inputs = _attention_inputs(layer, config, index, h, positions, ropes[config.ropes[index]])
         if following is not None:
             tables = ropes[config.ropes[index + 1]]
-            inputs = inputs.replace(ahead=lambda: _queries(following, config, h, tables))
+            # All of the projection, though only q may be asked for: a slice of the weights would be copied at every step.
+            inputs = inputs.replace(
+                ahead=lambda: _attention_inputs(following, config, index + 1, h, positions, tables)
+            )
         out, cache = attend(inputs, cache)
         # Tokens before heads here, or XLA would transpose the weight instead.
         y = jnp.einsum("bthd,hde->bte", out.astype(x.dtype).swapaxes(1, 2), layer.wo)
@@ -155,18 +158,6 @@ def _block(
         if layer.mlp_post_norm is not None:
             y = rms_norm(y, layer.mlp_post_norm, config)
     return x + y, cache
-
-
-def _queries(layer: Layer, config: ModelConfig, h: Array, tables: tuple[np.ndarray, Array, Array]) -> Array:
-    """A layer's queries after RoPE [batch, q_heads, tokens, head_dim] of its input h [batch, tokens, embed]."""
-    # All of the projection: a slice of the weights would be copied at every step.
-    q = jnp.einsum("bte,ekgd->btkgd", h, layer.qkv)[..., :-2, :]
-    if layer.qkv_bias is not None:
-        q = q + layer.qkv_bias[:, :-2]
-    q = q.transpose(0, 2, 3, 1, 4).reshape(h.shape[0], config.q_heads, h.shape[1], config.head_dim)
-    if layer.q_norm is not None:
-        q = rms_norm(q, layer.q_norm, config)
-    return rope_lib.rotate(q, *tables[1:])
 
 
 def _attention_inputs(

@@ -349,6 +349,31 @@ def bulk_wait() -> None:
     asm("cp.async.bulk.wait_group.read 0;", "")
 
 
+def bulk_load(to: Reg, source: Reg, size: int, barrier: Reg) -> None:
+    """Let the copy engine read `size` bytes of global memory into shared memory, both 16-byte aligned; one phase of the
+    barrier, which expects one arrival (this thread's)."""
+    asm(f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], {size};", "", [barrier])
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    asm(f"{copy} [$0], [$1], {size}, [$2];", "", [to, source, barrier])
+
+
+def barrier_init(barrier: Reg) -> None:
+    """A barrier of 8 bytes in shared memory whose phases end with one arrival and the bytes it expects."""
+    asm("mbarrier.init.shared::cta.b64 [$0], 1;", "", [barrier])
+
+
+def fence_barrier_init() -> None:
+    """Make this thread's new barriers known to the copy engine."""
+    asm("fence.mbarrier_init.release.cluster;", "")
+    fence_async()
+
+
+def barrier_wait(barrier: Reg, parity: Reg) -> None:
+    """Wait for the end of a barrier's phase, its number's lowest bit being `parity`."""
+    attempt = "mbarrier.try_wait.parity.shared::cta.b64 p, [$0], $1;"
+    asm(f"{{ .reg .pred p; AGAIN: {attempt} @!p bra AGAIN; }}", "", [barrier, parity])
+
+
 def if_(bit: ir.Value, then, otherwise: Sequence[Reg] = ()) -> list[Reg]:
     """`then()` where the bit is set (the same in all threads), else the registers of `otherwise`."""
     types = [r.value.type for r in otherwise]

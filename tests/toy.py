@@ -53,28 +53,30 @@ class Toy:
         inv_freq = 10000.0 ** (-jnp.arange(self.head_dim // 2) / (self.head_dim // 2))
         for i, layer in enumerate(params["layers"]):
             h = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-            q, k, v = (jnp.einsum("bte,ehd->bhtd", h, layer[n]) for n in "qkv")
-            inputs = AttentionInputs(
-                q=rope(q, positions, inv_freq),
-                k=rope(k, positions, inv_freq),
-                v=v,
-                positions=positions,
-                hidden=h,
-                wo=layer["o"],
-                inv_freq=inv_freq,
-                layer=i,
-                scale=self.head_dim**-0.5,
-                window=self.shape.windows[i],
-                ahead=self._ahead(params, i, h, positions, inv_freq),
-            )
+            inputs = self._inputs(params, i, h, positions, inv_freq)
+            if i + 1 < self.layers:
+                inputs = inputs.replace(
+                    ahead=lambda i=i, h=h: self._inputs(params, i + 1, h, positions, inv_freq)
+                )
             out, cache = attend(inputs, cache)
             x = x + jnp.einsum("bhtd,hde->bte", out, layer["o"])
         return x, cache
 
-    def _ahead(self, params, i, h, positions, inv_freq):
-        if i + 1 == self.layers:
-            return None
-        return lambda: rope(jnp.einsum("bte,ehd->bhtd", h, params["layers"][i + 1]["q"]), positions, inv_freq)
+    def _inputs(self, params, i, h, positions, inv_freq):
+        layer = params["layers"][i]
+        q, k, v = (jnp.einsum("bte,ehd->bhtd", h, layer[n]) for n in "qkv")
+        return AttentionInputs(
+            q=rope(q, positions, inv_freq),
+            k=rope(k, positions, inv_freq),
+            v=v,
+            positions=positions,
+            hidden=h,
+            wo=layer["o"],
+            inv_freq=inv_freq,
+            layer=i,
+            scale=self.head_dim**-0.5,
+            window=self.shape.windows[i],
+        )
 
     def logits(self, params, hidden):
         return hidden @ params["embed"].T

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import pathlib
 import time
 
 import jax
@@ -166,7 +167,7 @@ def run(
         row["resident_us"] = round(resident * 1e6, 1)
         row["hidden"] = round(1 - (step - resident) * rate / moved, 3) if moved else None
     if plan.on_disk:
-        row["errors"] = len(files.store(state.cache.disk.handle).failed)
+        row["errors"] = files.store(state.cache.disk.handle).failed
         files.close(state.cache.disk.handle)
     return row, np.asarray(state.tokens)
 
@@ -206,6 +207,7 @@ def main() -> None:
         cases += [("shadowkv(read=1024)", args.batch), ("shadowkv(read=1024)", 1)]
         cases += [(foreseen, 1), (foreseen, 2), (foreseen, args.batch), (f"{quest} | offload(ahead=True)", 1)]
     if args.disk:
+        pathlib.Path(args.disk).mkdir(parents=True, exist_ok=True)
         near = ("memory=0", f"memory={1 << 36}")
         cases += [(f"{quest} | offload(disk={args.disk!r}, {memory})", args.batch) for memory in near]
     for spec, batch in (case for case in cases if args.only in case[0]):

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from kvjax.cache import paging
 from kvjax.cache.pinned import device_view
 from kvjax.cache.plan import Plan
-from kvjax.cache.state import KVCache, Pool
+from kvjax.cache.state import Fetched, KVCache, Pool
 from kvjax.codecs.base import Field
+from pallas_kernels.fetch import fetch_blocks
 
 Array = jax.Array
 Host = tuple[dict[str, Array] | None, ...]  # `Pool.host` of every pool
@@ -48,6 +49,16 @@ def _take(x: Array, field: Field, block: int, numbers: Array) -> Array:
         _blocks(x, field, block), numbers
     )
     return got.reshape(*got.shape[: 2 + inner], -1, *got.shape[4 + inner :])
+
+
+def _far_blocks(far: Array, field: Field, block: int, source: Array) -> Array:
+    """Blocks of a field side by side as `source` int32 [batch, kv_heads, n] names them: `fetch_blocks`."""
+    far = _blocks(far, field, block)
+    between = (1,) * len(field.before)
+    rows, n = far.shape[: 2 + len(between)], source.shape[2]
+    source = jnp.broadcast_to(source.reshape(*source.shape[:2], *between, n), (*rows, n))
+    got = fetch_blocks(far, source)
+    return got.reshape(*rows, -1, *got.shape[len(rows) + 2 :])
 
 
 def _spread(mask: Array, field: Field, block: int, like: Array) -> Array:
@@ -109,56 +120,49 @@ def _restore(x: Array, dtype: Any) -> Array:
 def fetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, Array]) -> KVCache:
     """Layer i with the blocks of an ascending `table` int32 [batch, kv_heads, n] side by side in its index.
 
-    supplied: fields [batch, kv_heads, n * block, ...] that the selector computes instead of fetching them. Blocks that are
-    held or not wanted point at block 0: the same few rows, which the device's cache serves after the first read.
+    supplied: fields [batch, kv_heads, n * block, ...] that the selector computes instead of fetching them.
     """
-    return with_tail(plan, prefetch(plan, cache, i, table, supplied), i)
+    return put(plan, cache, i, prefetch(plan, cache, i, table, supplied))
 
 
-def prefetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, Array]) -> KVCache:
-    """`fetch` without the blocks of the tail, whatever is stored there meanwhile; `with_tail` adds those."""
+def prefetch(plan: Plan, cache: KVCache, i: int, table: Array, supplied: dict[str, Array]) -> Fetched:
+    """What `fetch` moves, but for the blocks of the tail, whatever is stored there meanwhile; `put` adds those."""
     lp, layer = plan.layers[i], cache.layers[i]
     pool, block, fields = cache.pools[lp.pool], plan.block(i), _fields(plan, i)
-    index = dict(layer.index)
     late = table - layer.start[..., None] // block
-    same = (table[..., None] == index["held"][:, :, None]) & (table >= 0)[..., None]
-    hit, place = jnp.any(same, axis=-1), jnp.argmax(same, axis=-1)
+    same = (table[..., None] == layer.index["held"][:, :, None]) & (table >= 0)[..., None]
+    hit, place = jnp.any(same, axis=-1), jnp.argmax(same, axis=-1).astype(jnp.int32)
     missing = (table >= 0) & (late < 0) & ~hit
-    pages = {}
+    names = tuple(n for n in pool.store if n not in supplied)
     if lp.on_disk:
         missing &= ~cache.disk.failed[:, None, None]
-        names = tuple(n for n in pool.store if n not in supplied)
-        pages = paging.read(plan, cache, i, table, missing, names)
-    for name, tail in pool.store.items():
-        field, held = fields[name], index[f"held.{name}"]
-        if name in supplied:
-            far = supplied[name].astype(tail.dtype)
-        else:
-            wanted = jnp.where(missing, table, 0)
-            moved = pages[name] if lp.on_disk else _take(pool.host[name], field, block, wanted)
-            kept = _take(held, field, block, place)
-            far = jnp.where(_spread(hit, field, block, kept), kept, _restore(moved, tail.dtype))
-        index[f"held.{name}"] = far
-    index["held"] = table
-    index["moved"] = jnp.sum(missing, axis=-1, dtype=jnp.int32)
-    return _with_index(cache, i, index)
+        moved = paging.read(plan, cache, i, table, missing, names)
+    source = jnp.where(missing, table, -1 - place)
+    if not lp.on_disk:
+        moved = {n: _far_blocks(pool.host[n], fields[n], block, source) for n in names}
+    return Fetched(table, source, moved, supplied)
 
 
-def with_tail(plan: Plan, cache: KVCache, i: int) -> KVCache:
-    """The blocks that layer i reads at this step, those of its tail as the tail is now."""
+def put(plan: Plan, cache: KVCache, i: int, fetched: Fetched) -> KVCache:
+    """The blocks that layer i reads at this step in its index, those of its tail as the tail is now."""
     layer, block, fields = cache.layers[i], plan.block(i), _fields(plan, i)
     index = dict(layer.index)
-    late = index["held"] - layer.start[..., None] // block
+    source = fetched.source
+    late = fetched.table - layer.start[..., None] // block
     for name, tail in cache.pools[plan.layers[i].pool].store.items():
-        near = _take(tail, fields[name], block, late)
-        in_tail = _spread(late >= 0, fields[name], block, near)
-        index[f"held.{name}"] = jnp.where(in_tail, near, index[f"held.{name}"])
-    return _with_index(cache, i, index)
-
-
-def _with_index(cache: KVCache, i: int, index: dict[str, Array]) -> KVCache:
+        field = fields[name]
+        if name in fetched.supplied:
+            far = fetched.supplied[name].astype(tail.dtype)
+        else:
+            kept = _take(index[f"held.{name}"], field, block, -1 - jnp.minimum(source, -1))
+            moved = _restore(fetched.fields[name], tail.dtype)
+            far = jnp.where(_spread(source >= 0, field, block, kept), moved, kept)
+        near = _take(tail, field, block, late)
+        index[f"held.{name}"] = jnp.where(_spread(late >= 0, field, block, near), near, far)
+    index["held"] = fetched.table
+    index["moved"] = jnp.sum(source >= 0, axis=-1, dtype=jnp.int32)
     layers = list(cache.layers)
-    layers[i] = layers[i].replace(index=index)
+    layers[i] = layer.replace(index=index)
     return cache.replace(layers=tuple(layers))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kvjax.cache import deferred, ops, placing, selecting
 from kvjax.cache.plan import Plan
-from kvjax.cache.state import KVCache
+from kvjax.cache.state import Fetched, KVCache
 from kvjax.codecs.blocked import blocked_attention
 from kvjax.sharded_kernels import decode_attention, fuses
 from kvjax.types import AttentionInputs
@@ -136,24 +136,41 @@ def _chosen(plan: Plan, cache: KVCache, i: int, blocks: Array) -> _Part:
     return _Part(store, pos, lengths, None, blocks.shape[2] * plan.block(i))
 
 
+def _arrived(
+    plan: Plan, cache: KVCache, x: AttentionInputs, fetched: Fetched
+) -> tuple[AttentionInputs, KVCache, Array]:
+    """(x, the cache with the blocks on the device, their table).
+
+    What a fetch reads is in use until this layer has its queries: or what computes them could take its place in memory, and
+    would wait for the fetch.
+    """
+    i = x.layer
+    index = cache.layers[i].index
+    held = {n: a for n, a in index.items() if n.startswith("held")}
+    q, fetched, held = jax.lax.optimization_barrier((x.q, fetched, held))
+    layers = list(cache.layers)
+    layers[i] = layers[i].replace(index={**index, **held})
+    cache = placing.put(plan, cache.replace(layers=tuple(layers)), i, fetched)
+    return x.replace(q=q), cache, fetched.table
+
+
 def selected_attention(
     plan: Plan,
     cache: KVCache,
     x: AttentionInputs,
     *,
-    chosen: Array | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Array, Array | None, KVCache]:
     """(out [batch, q_heads, 1, head_dim] in q's dtype, None, cache): attention over what the layer's selector chooses.
 
-    chosen: int32 [batch, kv_heads, n], blocks that `selecting.choose_ahead` has fetched. return_lse: (out f32, lse f32
-    [batch, q_heads, 1], cache).
+    Where `Foreseen.fetched` is given, `selecting.choose_ahead` has chosen and fetched. return_lse: (out f32, lse f32 [batch,
+    q_heads, 1], cache).
     """
     selector = plan.layers[x.layer].policy.selector
-    if chosen is not None:
+    if cache.ahead is not None and cache.ahead.fetched is not None:
         with jax.named_scope("fetch"):
-            blocks, cache = chosen, placing.with_tail(plan, cache, x.layer)
+            x, cache, blocks = _arrived(plan, cache, x, cache.ahead.fetched)
     else:
         with jax.named_scope("select"):
             blocks, cache = selecting.choose(plan, cache, x)

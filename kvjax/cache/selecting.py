@@ -17,15 +17,13 @@ from kvjax import arrays
 from kvjax.cache import deferred, index_layout, ops, placing, streaming
 from kvjax.cache.index_layout import FRAMEWORK, of_heads, put_heads
 from kvjax.cache.plan import Plan
-from kvjax.cache.state import KVCache
+from kvjax.cache.state import Fetched, KVCache
 from kvjax.codecs.base import Field
 from kvjax.policies.observation import Observation
 from kvjax.policies.selectors.base import ALWAYS, NEVER, Call, Entries
 from kvjax.sharded_kernels import select_top
 from kvjax.sharding import constrain
 from kvjax.types import Array, AttentionInputs
-
-_LONG = 8192  # scores of a row that XLA sorts through a library, which ends a graph too
 
 
 def active(plan: Plan, i: int) -> bool:
@@ -84,7 +82,7 @@ def _call(plan: Plan, cache: KVCache, x: AttentionInputs | Observation, ahead: b
     prefix = "selector."
     const = {n.removeprefix(prefix): a for n, a in cache.layers[i].const.items() if n.startswith(prefix)}
     return Call(
-        q=ours(cache.ahead if ahead and cache.ahead is not None else x.q),
+        q=ours(cache.ahead.q if ahead and cache.ahead is not None else x.q),
         q_pos=x.q_pos if observed else x.positions,
         fill=ours(cache.layers[i].fill),
         stored=functools.partial(_indexed_entries, plan, cache, i, x.inv_freq),
@@ -203,9 +201,7 @@ def _chosen(
 
     def select(own: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
         scores, own = selector.score(own, call)
-        # A kernel of ours ends a CUDA graph, and with it what runs beside the fetch; XLA's sort of a short row does not.
-        inside = foresees(plan, cache, i) and scores.shape[2] < _LONG
-        return _best(plan, i, scores, call.fill, counts, "xla" if inside else None), own
+        return _best(plan, i, scores, call.fill, counts), own
 
     if "chosen" not in ours:
         table, own = select(own)
@@ -242,7 +238,7 @@ def _forced(plan: Plan, i: int, fill: Array) -> tuple[Array, Array, Array]:
     return jnp.minimum(-(-sink // block), end), jnp.where(recent > 0, first, end), end
 
 
-def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array, implementation: str | None) -> Array:
+def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array) -> Array:
     """The table of the best blocks, from scores f32 [batch, heads, units]; counts int32 [batch, heads]: how many to read."""
     ratio = plan.block(i) // plan.layers[i].policy.selector.unit
     if ratio > 1:
@@ -253,7 +249,7 @@ def _best(plan: Plan, i: int, scores: Array, fill: Array, counts: Array, impleme
     scores = jnp.where(number < end, scores, NEVER)
     count = jnp.maximum(counts, sinks[..., 0] + (end - recent)[..., 0])
     width = min(index_layout.choice_width(plan, i), scores.shape[2])
-    return select_top(scores, count.astype(jnp.int32), width=width, implementation=implementation)
+    return select_top(scores, count.astype(jnp.int32), width=width)
 
 
 def _with_newest(plan: Plan, i: int, chosen: Array, fill: Array) -> Array:
@@ -281,28 +277,26 @@ def _supplied(plan: Plan, cache: KVCache, x: AttentionInputs, table: Array) -> d
     return selector.supply(own, _call(plan, cache, x), slots)
 
 
-def foresees(plan: Plan, cache: KVCache, i: int) -> bool:
-    """True when this step's blocks of layer i are chosen and fetched before the layer has its token (`choose_ahead`)."""
-    known = cache.ahead is not None and active(plan, i) and not plan.layers[i].policy.codec.deferred
-    return known and placing.offloaded(plan, i)
+def foresees(plan: Plan, x: AttentionInputs) -> bool:
+    """True when the layer after x's has its blocks chosen and fetched while x's layer computes (`choose_ahead`)."""
+    i = x.layer + 1
+    if x.ahead is None or x.q.shape[2] > 1 or not plan.policy.looks_ahead or not active(plan, i):
+        return False
+    return placing.offloaded(plan, i) and not plan.layers[i].policy.codec.deferred
 
 
-def choose_ahead(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[Array, KVCache]:
-    """`choose` and `fetch` with the queries that the layer before foresaw: (ascending table, cache).
+def choose_ahead(plan: Plan, cache: KVCache, x: AttentionInputs) -> tuple[KVCache, Fetched]:
+    """`choose` and `fetch` for inputs that the layer before foresaw: (cache, what is on its way).
 
-    Nothing here waits for what layer `x.layer` computes from its token, so that the fetch may run beside the layer
-    before's MLP. Selectors always read the newest entry, so the token's own block is chosen; once the token is stored,
-    `placing.with_tail` fills it in.
+    cache: as layer x.layer will find it, but for the token's own entry. Nothing here waits for what the layer before makes
+    of its input, so that the fetch may run beside it. Selectors always read the newest entry, so the token's own block is
+    chosen; once the token is stored, `placing.put` fills it in.
     """
     i, before = x.layer, cache.layers[x.layer].fill
     new = jnp.any(x.positions >= 0, axis=1).astype(before.dtype)[:, None]
     table, cache = choose(plan, _with_fill(cache, i, before + new), x)
-    cache = placing.prefetch(plan, cache, i, table, _supplied(plan, cache, x, table))
-    cache = _with_fill(cache, i, before)
-    index = cache.layers[i].index
-    held = {n: x for n, x in index.items() if n.startswith("held")}
-    held = jax.lax.optimization_barrier(held)  # or the fetch fuses with what waits for the token
-    return table, _put(plan, cache, i, {**index, **held})
+    fetched = placing.prefetch(plan, cache, i, table, _supplied(plan, cache, x, table))
+    return _with_fill(cache, i, before), fetched
 
 
 def _with_fill(cache: KVCache, i: int, fill: Array) -> KVCache:

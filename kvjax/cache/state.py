@@ -77,6 +77,26 @@ class View:
 
 
 @struct.dataclass
+class Fetched:
+    """Blocks for an offloaded layer that are on their way (`kvjax.cache.placing`)."""
+
+    table: Array  # int32 [batch, kv_heads, n], ascending
+    source: (
+        Array  # int32 [batch, kv_heads, n]: a block of the host part, or -1 - place among those held already
+    )
+    fields: dict[str, Array]  # [batch, kv_heads, n * block / per, ...], of use where source >= 0
+    supplied: dict[str, Array]  # fields of all blocks that the selector computed instead
+
+
+@struct.dataclass
+class Foreseen:
+    """What a layer foresaw for the next one in a decode step."""
+
+    q: Array  # [batch, q_heads, 1, head_dim], the next layer's queries if this layer's input were its input too
+    fetched: Fetched | None = None
+
+
+@struct.dataclass
 class KVCache:
     """The whole state that prefill and decode thread through `jit`. Donate it.
 
@@ -100,7 +120,7 @@ class KVCache:
     # Within one call only, None between calls:
     token_ids: Any = None  # int32 [batch, tokens] this call's tokens, for scorers that need them
     hidden: Any = None  # [batch, tokens, embed] of the layer before, for selectors that need 'before'
-    ahead: Any = None  # [batch, q_heads, 1, head_dim] this layer's queries as the layer before foresaw them
+    ahead: Foreseen | None = None  # by the layer before, for policies that look ahead
     shared: Any = None  # scores of the first layer of a group that reuses them
     counts: Any = None  # ({layer: counts int32 [batch, kv_heads]}, first free page), for allocators that know them ahead
     cascade: Any = None  # the layers so far of those that compete: `kvjax.cache.cascade`

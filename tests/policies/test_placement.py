@@ -11,7 +11,7 @@ import pytest
 
 import kvjax.policies as P
 from kvjax import arrays
-from kvjax.cache import placing, selecting, traffic
+from kvjax.cache import placing, traffic
 from kvjax.cache.plan import Plan
 from kvjax.generation import engine, limits
 from kvjax.generation.generator import Generator
@@ -93,16 +93,35 @@ def test_only_foreseen_fetches_on_a_gpu_run_beside_other_kernels(monkeypatch):
     ]
 
 
-def test_a_foreseen_choice_stays_in_the_graph_of_the_step(monkeypatch):
-    """A Pallas kernel would end it, and the fetch would wait for the layer before. Layer 0 is not foreseen."""
-    seen, real = [], selecting.select_top
-    record = lambda *a, implementation, **k: seen.append(implementation) or real(*a, **k)  # noqa: E731
-    monkeypatch.setattr(selecting, "select_top", record)
-    for spec in (QUEST, f"{QUEST} | offload", f"{QUEST} | offload(ahead=True)"):
-        plan = Plan(P.parse(spec), LM.shape, 1, 32, 8)
-        _, cache = engine.prefill(LM, plan, LM.init(), *ragged((32,), 32))
-        steps(LM, plan, LM.init(), cache, STEPS[:1, :1])
-    assert seen == [None, None, None, None, None, "xla"]
+def test_a_foreseen_fetch_is_issued_before_the_attention_of_the_layer_before():
+    """By the program's order: where a fetch's buffers are those that attention and MLP used before, it waits for them."""
+    plan = Plan(P.parse(f"{QUEST} | offload(ahead=True)"), LM.shape, 1, 32, 8)
+    params = jax.tree.map(jnp.asarray, LM.init())
+    _, cache = engine.prefill(LM, plan, params, *ragged((32,), 32))
+    token = jnp.zeros((1,), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda cache: engine.step(LM, plan, params, cache, token, token >= 0))(cache)
+    barriers = [e for e in flat(jaxpr.jaxpr) if e.primitive.name == "optimization_barrier"]
+    assert len(barriers) == 2 * (LM.layers - 1)
+    blocks = (1, LM.kv_heads, plan.table_width(1) * plan.block(1), LM.head_dim)
+    for issued, arrived in zip(barriers[::2], barriers[1::2]):
+        shapes = [[v.aval.shape for v in barrier.invars] for barrier in (issued, arrived)]
+        assert all(
+            (1, LM.q_heads, 1, LM.head_dim) in x for x in shapes
+        )  # the queries that the layer attends with
+        assert [x.count(blocks) for x in shapes] == [
+            2,
+            4,
+        ]  # keys and values on their way; then those held as well
+
+
+def flat(jaxpr):
+    """All equations, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from flat(inner)
 
 
 def test_without_a_selector_every_step_moves_everything():
@@ -175,7 +194,7 @@ def test_ahead_chooses_with_the_next_layers_projection():
     params = lm.init()
 
     def attend(x, cache):
-        seen[x.layer] = (x, None if x.ahead is None else x.ahead())
+        seen[x.layer] = (x, None if x.ahead is None else x.ahead().q)
         return jnp.zeros_like(x.q), cache
 
     tokens, positions = jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), 7)
