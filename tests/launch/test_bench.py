@@ -7,8 +7,9 @@ import pytest
 
 from kvjax import policies
 from kvjax.cache.plan import Plan
+from kvjax.types import ModelShape
 from launch import bench
-from launch.bench_suites import codecs, generate, timing
+from launch.bench_suites import codecs, generate, retrieval, selection, timing
 from launch.bench_suites import policies as suite
 from models import params as model_params
 
@@ -82,3 +83,11 @@ def test_a_policy_that_the_device_cannot_hold_does_not_end_the_suite(small, monk
     assert [row["us"] for row in rows] == [pytest.approx(1000), None, pytest.approx(1000)]
     assert [row.get("error") for row in rows] == [None, "RESOURCE_EXHAUSTED: out of memory", None]
     assert "int8" in bench.table(rows)
+
+
+@pytest.mark.parametrize("module", [selection, retrieval, suite, generate])
+def test_every_policy_of_a_suite_fits_its_shapes(module):
+    """A plan refuses what does not: calibration files of another model, groups that do not divide a head."""
+    shape = ModelShape(1, *selection.HEADS, (None,), "bfloat16", 1024)
+    for spec in module.SPECS:
+        Plan(policies.parse(spec), shape, 1, 512, 64, page_size=64)
