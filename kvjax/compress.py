@@ -280,7 +280,10 @@ def _compact(
 
 
 def evict_step(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> KVCache:
-    """Bring layer `obs.layer` back to its limit: one entry per step, or a compaction every `interval` steps."""
+    """Bring layer `obs.layer` back to its limit: one entry per step, or a compaction every `interval` steps.
+
+    Where what is kept is an outcome, a compaction leaves what passes, and is due every `interval` steps however many those are.
+    """
     i = obs.layer
     policy, limit = plan.layers[i].policy, cache.layers[i].limit
     if policy.room is not None:
@@ -301,13 +304,16 @@ def evict_step(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> K
         return ops.free(plan, cache, i, victim)
     fill = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
     due = jnp.any(fill >= limit + policy.interval, axis=1)
+    if policy.allocator.outcome:
+        due |= obs.need("steps") % policy.interval == 0
     moved = jnp.where(due, jnp.max(limit, axis=1), obs.length)
     # Scores with state are due every step; others only when something leaves.
     scores, state = scored() if entries.slot_state else (None, {})
 
     def compact(cache: KVCache) -> KVCache:
         ranked = scored()[0] if scores is None else scores
-        counts = jnp.where(due[:, None], limit, fill)
+        counts = policy.allocator.decode_counts(ranked, entries.pos >= 0, limit)
+        counts = jnp.where(due[:, None], counts, fill)
         pending = Pending(entries.replace(slot_state=state), ranked, obs)
         done = _compact(plan, cache, pending, counts, cache.layers[i].limit)[0]
         return done.replace(moved=cache.moved)

@@ -103,6 +103,10 @@ class Allocator:
         n = jnp.sum(valid, axis=-1, dtype=jnp.int32)
         return jnp.minimum(keep[:, None], n)
 
+    def decode_counts(self, scores: Array, valid: Array, limit: Array) -> Array:
+        """int32 [batch, kv_heads] entries that stay when heads are compacted while decoding: their `limit`, or fewer."""
+        return limit
+
     def measure(self, obs: Observation, scores: Array) -> Any:
         """Statistics of one layer that its allocation needs (a pytree), from the observation and the protected
         scores [batch, kv_heads, slots] of all entries; None for most allocators."""

@@ -81,6 +81,54 @@ def test_amortised_scores_are_kept_up_to_date(spec):
     assert counts == start
 
 
+def test_corm_drops_while_decoding_what_no_recent_query_found_important():
+    """Layer 0, whose operands follow from the tokens alone, against a loop in float64."""
+    window, recent, interval, n = 6, 3, 3, 12
+    spec = f"corm(window={window}, recent={recent}, interval={interval})"
+    layer = params()["layers"][0]
+    tokens, _ = ragged(LENGTHS, PROMPT)
+    sizes = []
+    for b, prompt in enumerate(LENGTHS):
+        ids = np.concatenate([tokens[b, :prompt], NEXT[b]])
+        x = params()["embed"][ids].astype(np.float64)
+        h = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+        positions = np.arange(len(ids))[None]
+        freq = 10000.0 ** (-np.arange(LM.head_dim // 2) / (LM.head_dim // 2))
+        q, k = (
+            np.asarray(rope(jnp.einsum("te,ehd->htd", h, layer[m])[None], positions, freq))[0] for m in "qk"
+        )
+        for head in range(LM.kv_heads):
+            last = np.zeros(len(ids), int)  # 1 + position of the last query that found the entry important
+            held = np.arange(prompt)
+
+            mine, theirs = q[head * LM.q_heads // LM.kv_heads :][: LM.q_heads // LM.kv_heads], k[head]
+
+            def look(at, held, mine=mine, theirs=theirs, last=last):
+                logits = mine[:, at] @ theirs[held].T * LM.head_dim**-0.5
+                a = np.exp(logits - logits.max(-1, keepdims=True))
+                a = (a / a.sum(-1, keepdims=True)).max(0)
+                last[held[a >= 1 / len(held)]] = at + 1
+
+            def kept(length, held, limit, last=last):
+                score = np.where(held >= length - recent, np.inf, last[held] - (length - window))
+                most = np.argsort(-score, kind="stable")[:limit]
+                return np.sort(held[most[score[most] >= 1]])
+
+            for at in range(prompt - window, prompt):
+                look(at, np.arange(at + 1))
+            held = kept(prompt, held, None)
+            limit = len(held)
+            for t in range(n):
+                held = np.append(held, prompt + t)
+                look(prompt + t, held)
+                if (t + 1) % interval == 0 or len(held) >= limit + interval:
+                    held = kept(prompt + t + 1, held, limit)
+                if t + 1 in (3, 5, 12):
+                    assert stored(spec, run(spec, t + 1)[3])[b][head] == held.tolist(), (b, head, t)
+                    sizes.append(len(held) - limit)
+    assert min(sizes) < 0  # a head holds less than the prompt left it
+
+
 @pytest.mark.parametrize("strategy", ["slide", "adaptive", "discontinuous"])
 def test_scope_keeps_the_prompt_and_bounds_what_is_generated(strategy):
     spec = f"scope(snapkv(budget=8, window=3, kernel=3), strategy={strategy}, room=6, recent=2, horizon=10)"

@@ -32,3 +32,7 @@ class Threshold(Allocator):
         _, winners = jax.lax.top_k(flat, h * s)
         head = jnp.where(jnp.arange(h * s) < total[:, None], winners // s, h)
         return jax.vmap(lambda x: jnp.bincount(x, length=h + 1))(head)[:, :h].astype(jnp.int32)
+
+    def decode_counts(self, scores: Array, valid: Array, limit: Array) -> Array:
+        """What passes, at most `limit`."""
+        return jnp.minimum(limit, jnp.sum(valid & (scores >= self.threshold), axis=-1, dtype=jnp.int32))

@@ -19,7 +19,8 @@ def corm(
     Important to query i: A[i, j] >= 1 / (entries visible to i), for any head of the group. The position of the last
     such query is stored per entry, which is the same as the paper's window x entries bit matrix. Compression is an
     outcome; cap bounds a layer's entries and the memory that is allocated, and the entries that have been
-    unimportant longest go first. While decoding each head stays at the size the prompt left it.
+    unimportant longest go first. While decoding no head grows beyond the size the prompt left it: with interval=1 one entry
+    leaves a step, the one that was unimportant longest; with more, every `interval` steps, all that have become unimportant.
     """
     if window < 1:
         raise ValueError(f"corm: window must be at least 1 query, got {window}")
