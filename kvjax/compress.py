@@ -305,7 +305,9 @@ def evict_step(plan: Plan, cache: KVCache, obs: Observation, entries: View) -> K
     fill = jnp.sum(entries.pos >= 0, axis=-1, dtype=jnp.int32)
     due = jnp.any(fill >= limit + policy.interval, axis=1)
     if policy.allocator.outcome:
-        due |= obs.need("steps") % policy.interval == 0
+        due |= (obs.need("steps") % policy.interval == 0) & jnp.any(
+            obs.q_pos >= 0, axis=1
+        )  # not for finished rows
     moved = jnp.where(due, jnp.max(limit, axis=1), obs.length)
     # Scores with state are due every step; others only when something leaves.
     scores, state = scored() if entries.slot_state else (None, {})

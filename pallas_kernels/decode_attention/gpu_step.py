@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from pallas_kernels import ptx
+from pallas_kernels import ptx, ptx_copy
 from pallas_kernels.decode_attention.gpu_plan import (
     HEADROOM,
     P_SCALE,
@@ -115,7 +115,7 @@ def attend_keys(plan: Plan):
                 lambda: _blank_values(plan, t, address["v"], length - first) or [],
             )
         if plan.bulk:  # the other P tile, written in the next step, has left shared memory
-            ptx.if_(t.index.equals(0), lambda: ptx.bulk_wait() or [])
+            ptx.if_(t.index.equals(0), lambda: ptx_copy.bulk_wait() or [])
         ptx.fence_async()
         moved = ptx.barrier_any(largest > factor * 2.0**HEADROOM)
 
@@ -153,8 +153,8 @@ def attend_keys(plan: Plan):
                 to = address["weights"] + ptx.wide(place * (plan.weight_columns * 2))
 
                 def write_out():
-                    ptx.bulk_store(to, p_tile, plan.columns * 128)
-                    ptx.bulk_store(base, reference_tile, plan.reference_columns * 4)
+                    ptx_copy.bulk_store(to, p_tile, plan.columns * 128)
+                    ptx_copy.bulk_store(base, reference_tile, plan.reference_columns * 4)
                     return []
 
                 ptx.if_(t.index.equals(0), write_out)
@@ -348,7 +348,7 @@ def write_partial(plan: Plan):
                  for x, r, s in zip(some, reference, sums)]  # fmt: skip
         _write_columns(plan, t, lse_base, found)
         if plan.bulk:
-            ptx.if_(t.index.equals(0), lambda: ptx.bulk_wait() or [])
+            ptx.if_(t.index.equals(0), lambda: ptx_copy.bulk_wait() or [])
 
     return body
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import ptx
+from pallas_kernels import ptx, ptx_copy
 from pallas_kernels.inline import inline
 from pallas_kernels.ptx import Reg
 
@@ -136,13 +136,13 @@ def _lines(plan: _Plan):
             """Start the copy of an item into a slot."""
             row, part = item // (plan.width * plan.pieces), item % plan.pieces
             at = (ptx.wide(row) * plan.blocks + ptx.wide(block)) * plan.block + ptx.wide(part * plan.piece)
-            ptx.bulk_load(ring + slot * plan.piece, far + at, plan.piece, ready + slot * 8)
+            ptx_copy.bulk_load(ring + slot * plan.piece, far + at, plan.piece, ready + slot * 8)
             return []
 
         def work() -> list[Reg]:
             for s in range(plan.slots):
-                ptx.barrier_init(ready + 8 * s)
-            ptx.fence_barrier_init()
+                ptx_copy.barrier_init(ready + 8 * s)
+            ptx_copy.fence_barrier_init()
             upcoming = [number(first + s) for s in range(plan.slots)]
             for s, block in enumerate(upcoming):
                 ptx.if_(block >= 0, lambda s=s, block=block: ask(first + s, block, ptx.i32(s)))
@@ -153,9 +153,11 @@ def _lines(plan: _Plan):
                 blocks.append(number(again))
 
                 def store() -> list[Reg]:
-                    ptx.barrier_wait(ready + slot * 8, (phases >> slot) & 1)
-                    ptx.bulk_store(out + ptx.wide(item) * plan.piece, ring + slot * plan.piece, plan.piece)
-                    ptx.bulk_wait()
+                    ptx_copy.barrier_wait(ready + slot * 8, (phases >> slot) & 1)
+                    ptx_copy.bulk_store(
+                        out + ptx.wide(item) * plan.piece, ring + slot * plan.piece, plan.piece
+                    )
+                    ptx_copy.bulk_wait()
                     return [phases ^ (ptx.i32(1) << slot)]
 
                 (phases,) = ptx.if_(blocks[0] >= 0, store, [phases])

@@ -58,6 +58,7 @@ def emulate(monkeypatch, far, source, ctas, slots):
                 for thread in range(0, 128, 16):  # of each warp one that works and one that does not
                     machine = lines.Machine(thread, rings + 4 * plan.slots * 8)
                     monkeypatch.setattr(gpu, "ptx", machine)
+                    monkeypatch.setattr(gpu, "ptx_copy", machine)
                     gpu._lines(plan)(None, np.array(far), np.array(source), result, 0, rings, cta)
                     assert not machine.loads and not machine.stores
                     assert bool(machine.barriers) == (thread % 32 == 0)
